@@ -104,7 +104,7 @@ class Selector(nn.Module):
 
 
 def auroc(confidence_N: FloatArray, agreement_N: BoolArray) -> float:
-    """Probability that an agreeing answer is ranked above a disagreeing one; ties count half. NaN if one side is empty."""
+    """Probability that an agreeing answer ranks above a disagreeing one; ties count half. NaN if one side is empty."""
     from scipy.stats import rankdata
 
     positives = int(np.sum(agreement_N))

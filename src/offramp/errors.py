@@ -16,11 +16,21 @@ class InputError(OfframpError, ValueError):
 
 
 class StreamError(OfframpError):
-    """The stream of inputs is empty, too short, malformed, or broke while it was read."""
+    """The stream of inputs is empty, too short, malformed, or broke while it was read.
+
+    `recorded` holds what was recorded until then, if anything: `fit` accepts it in place of a stream.
+    """
+
+    recorded: object = None
 
 
 class StorageError(OfframpError, OSError):
-    """What was to be recorded or saved could not be written (a full disk, a folder without permission)."""
+    """What was to be recorded or saved could not be written (a full disk, a folder without permission).
+
+    `recorded` holds what was recorded until then, if anything: `fit` accepts it in place of a stream.
+    """
+
+    recorded: object = None
 
 
 class ArtifactError(OfframpError):

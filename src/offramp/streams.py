@@ -104,8 +104,8 @@ def read_stream(stream: Iterable[object], backbone: nn.Module | None = None) -> 
         form = [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in batch.tensors]
         if expected is not None and form != expected:
             raise StreamError(
-                f"batch {number} of the stream has rows of {_describe(form)}, the first batch had {_describe(expected)}; "
-                "all rows must have one shape and type: pad, resize or bucket them first."
+                f"batch {number} of the stream has rows of {_describe(form)}, the first batch had "
+                f"{_describe(expected)}; all rows must have one shape and type: pad, resize or bucket them first."
             )
         expected = form
         number += 1

@@ -1,0 +1,340 @@
+"""Learned caches: small networks that imitate the backbone from one of its activations, or from the input itself.
+
+A learned cache has three parts, applied in this order:
+
+    reduction   fixed, no weights: pools the activation to a small grid. This is all that is recorded, so that training
+                many caches needs one pass of the backbone and little disk.
+    body        trained: from a linear probe up to a student network with its own trunk. It may also read the logits of
+                one earlier cache, so that what that cache already worked out is not lost on a miss.
+    confidence  a fixed score of the logits, or a learned selector (`offramp.confidence`).
+
+Early split points need capacity, late ones none (docs/design.md), hence the range of shapes. All shapes are plain
+feed-forward modules; batch normalisation is folded into the convolutions once training is over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from offramp.confidence import CONFIDENCES, Selector
+
+Kind = Literal["linear", "mlp", "conv", "student", "transformer"]
+
+FEATURE_LIMIT = 4096  # recorded numbers per input and split point; raw inputs are exempt
+MAX_GRID = 8
+MAX_SEGMENTS = 8
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Fixed pooling of an activation, and rounding to half precision: at run time caches see exactly what was recorded.
+
+    `grid` is the side of a feature map, or the number of segments of a sequence; 0 keeps all. Integers stay.
+    """
+
+    grid: int = 0
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        pooled = self._pool(activation)
+        if not pooled.is_floating_point():
+            return pooled
+        return pooled.clamp(-HALF_MAX, HALF_MAX).half()
+
+    def _pool(self, activation: Tensor) -> Tensor:
+        if self.grid and activation.ndim == 4:
+            return F.adaptive_avg_pool2d(activation, self.grid)
+        if self.grid and activation.ndim == 3:
+            # The first token is kept apart: in most encoders it is the one that the head reads.
+            pooled = F.adaptive_avg_pool1d(activation.transpose(1, 2), self.grid).transpose(1, 2)
+            return torch.cat([activation[:, :1], pooled], dim=1)
+        return activation
+
+
+def reduction_for(shape: tuple[int, ...], *, is_input: bool) -> Reduction:
+    """The reduction for activations of this shape (without batch): raw inputs and small activations are kept whole."""
+    if is_input or len(shape) < 2:
+        return Reduction()
+    if len(shape) == 3:
+        channels, side = shape[0], min(shape[1:])
+        grid = next((g for g in (MAX_GRID, 4, 2) if g <= side and channels * g * g <= FEATURE_LIMIT), 1)
+        return Reduction(0 if grid == shape[1] == shape[2] else grid)
+    length, width = shape[0], shape[1]
+    segments = next((g for g in (MAX_SEGMENTS, 4, 2) if (g + 1) * width <= FEATURE_LIMIT), 1)
+    return Reduction(0 if length <= segments + 1 else segments)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a cache's body looks like. `width` is its number of channels, `depth` its number of extra layers."""
+
+    kind: Kind
+    width: int = 0
+    depth: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.kind if self.kind == "linear" else f"{self.kind}{self.width}x{self.depth}"
+
+
+class LearnedCache(nn.Module):
+    """One cache: reduction, body and confidence. `reads` names the earlier cache whose logits the body also sees."""
+
+    def __init__(
+        self,
+        name: str,
+        point: str,
+        shape: CacheShape,
+        activation_shape: tuple[int, ...],
+        classes: int,
+        *,
+        reduction: Reduction,
+        vocabulary: int = 0,
+        reads: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.point, self.shape, self.reads = name, point, shape, reads
+        self.activation_shape, self.classes, self.vocabulary = tuple(activation_shape), classes, vocabulary
+        self.reduction = reduction
+        self.body = _BODIES[shape.kind](shape, self.activation_shape, vocabulary)
+        features = self.body.features
+        assert isinstance(features, int)
+        self.head = nn.Linear(features + (classes if reads else 0), classes)
+        self.confidence_name = "max_softmax"
+        self.selector: Selector | None = None
+        self.folded = False
+
+    def forward(self, activation: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        """(B, C) logits from the activation at the split point and, where this cache reads one, an earlier's logits."""
+        return self.from_feature(self.reduction(activation), read_BC)
+
+    def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        """The same from an activation that is already reduced, as recordings hold it."""
+        if self.vocabulary:
+            feature = feature.long().clamp(max=self.vocabulary - 1)  # above: ids that training never met
+        else:
+            feature = feature.to(self.head.weight.dtype)
+        hidden_BF: Tensor = self.body(feature)
+        if self.reads is not None:
+            if read_BC is None:
+                raise ValueError(f"cache {self.name} reads the logits of {self.reads}, which were not given")
+            hidden_BF = torch.cat([hidden_BF, read_BC.log_softmax(-1).clamp(min=-10)], dim=1)
+        logits_BC: Tensor = self.head(hidden_BF)
+        return logits_BC
+
+    def confidence(self, logits_BC: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        """(B,) confidence in [0, 1] of the answers that these logits give."""
+        if self.selector is not None:
+            score_B: Tensor = self.selector(logits_BC, read_BC)
+            return score_B
+        return CONFIDENCES[self.confidence_name](logits_BC)
+
+    def use_confidence(self, name: str, selector: Selector | None = None) -> None:
+        """Decide by this score from now on: a name in CONFIDENCES, or `selector` with its fitted module."""
+        self.confidence_name, self.selector = name, selector
+
+    def fold(self) -> None:
+        """Fold batch normalisation into the convolutions before it: same answers, fewer operations, no way back."""
+        if not self.folded:
+            _fold_batch_norm(self.body)
+            self.folded = True
+
+    def describe(self) -> dict[str, Any]:
+        """All that `build_cache` needs to build this cache again, without its weights. JSON."""
+        return {
+            "type": "learned",
+            "name": self.name,
+            "point": self.point,
+            "shape": dataclasses.asdict(self.shape),
+            "activation_shape": list(self.activation_shape),
+            "classes": self.classes,
+            "reduction": self.reduction.grid,
+            "vocabulary": self.vocabulary,
+            "reads": self.reads,
+            "confidence": self.confidence_name,
+            "selector_features": None if self.selector is None else len(self.selector.weight),
+            "folded": self.folded,
+        }
+
+
+def build_cache(description: Mapping[str, Any]) -> LearnedCache:
+    """The cache that `describe` described, with fresh weights, in eval mode; KeyError or TypeError if malformed."""
+    cache = LearnedCache(
+        description["name"],
+        description["point"],
+        CacheShape(**description["shape"]),
+        tuple(description["activation_shape"]),
+        description["classes"],
+        reduction=Reduction(description["reduction"]),
+        vocabulary=description["vocabulary"],
+        reads=description["reads"],
+    )
+    cache.eval()
+    if description["folded"]:
+        cache.fold()
+    features = description["selector_features"]
+    cache.use_confidence(description["confidence"], None if features is None else Selector(features))
+    return cache.eval()
+
+
+class _Pooled(nn.Module):
+    """Mean and, where there is more than one position, maximum over positions; then `depth` hidden layers."""
+
+    def __init__(self, shape: CacheShape, activation_shape: tuple[int, ...], vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, shape.width or 64) if vocabulary else None
+        width = (shape.width or 64) if vocabulary else activation_shape[0 if len(activation_shape) != 2 else 1]
+        self.spatial = bool(vocabulary) or len(activation_shape) > 1
+        width = 2 * width if self.spatial else width
+        layers: list[nn.Module] = [nn.LayerNorm(width)]
+        if shape.kind == "mlp":
+            for _ in range(shape.depth):
+                layers += [nn.Linear(width, shape.width), nn.GELU()]
+                width = shape.width
+        self.layers = nn.Sequential(*layers)
+        self.features = width
+
+    def forward(self, feature: Tensor) -> Tensor:
+        if self.embedding is not None:
+            feature = self.embedding(feature)
+        if self.spatial:
+            positions_BFP = feature.flatten(2) if feature.ndim == 4 else feature.transpose(1, 2)
+            feature = torch.cat([positions_BFP.mean(2), positions_BFP.amax(2)], dim=1)
+        pooled_BF: Tensor = self.layers(feature)
+        return pooled_BF
+
+
+class _Conv(nn.Module):
+    """For feature maps on a small grid: 1x1 convolution to `width`, then `depth` residual blocks."""
+
+    def __init__(self, shape: CacheShape, activation_shape: tuple[int, ...], vocabulary: int) -> None:
+        super().__init__()
+        del vocabulary
+        width = shape.width
+        self.trunk = nn.Sequential(
+            nn.BatchNorm2d(activation_shape[0]),
+            _unit(activation_shape[0], width, kernel=1),
+            *(_Residual(width) for _ in range(shape.depth)),
+        )
+        self.features = 2 * width
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return _pool(self.trunk(feature))
+
+
+class _Student(nn.Module):
+    """A small residual network on the raw input: wide and shallow, because narrow deep ones are slow at batch 1.
+
+    Images above 48 pixels enter through a strided patch convolution that brings them to about 32. `width` is the number
+    of channels at full resolution; it doubles at each of the two halvings. `depth` is the residual blocks per scale.
+    The layout follows the fast CIFAR networks of DAWNBench (Page, 2018): convolve, pool, residual block.
+    """
+
+    def __init__(self, shape: CacheShape, activation_shape: tuple[int, ...], vocabulary: int) -> None:
+        super().__init__()
+        del vocabulary
+        channels, side = activation_shape[0], min(activation_shape[1:])
+        width, patch = shape.width, max(1, round(side / 32))
+        if side < 16:
+            scales: list[nn.Module] = [_Residual(width) for _ in range(shape.depth)]
+            out = width
+        else:
+            scales = []
+            out = width
+            for _ in range(2):
+                scales += [_Halving(out, 2 * out), *(_Residual(2 * out) for _ in range(shape.depth))]
+                out *= 2
+        stem = _unit(channels, width, kernel=3 if patch == 1 else patch + patch % 2 + 1, stride=patch)
+        self.trunk = nn.Sequential(stem, *scales)
+        self.features = 2 * out
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return _pool(self.trunk(feature))
+
+
+class _Transformer(nn.Module):
+    """For sequences of vectors or of token ids: projection to `width`, `depth` encoder layers, mean and first token."""
+
+    def __init__(self, shape: CacheShape, activation_shape: tuple[int, ...], vocabulary: int) -> None:
+        super().__init__()
+        width, length = shape.width, activation_shape[0] if vocabulary or len(activation_shape) == 2 else 1
+        self.project: nn.Module = (
+            nn.Embedding(vocabulary, width) if vocabulary else nn.Linear(activation_shape[-1], width)
+        )
+        self.position = nn.Parameter(torch.randn(1, max(length, MAX_SEGMENTS + 1), width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, max(1, width // 32), 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, shape.depth, enable_nested_tensor=False)
+        self.features = 2 * width
+
+    def forward(self, feature: Tensor) -> Tensor:
+        hidden_BLD = self.project(feature)
+        hidden_BLD = self.layers(hidden_BLD + self.position[:, : hidden_BLD.shape[1]])
+        return torch.cat([hidden_BLD[:, 0], hidden_BLD.mean(1)], dim=1)
+
+
+_BODIES: dict[str, Any] = {
+    "linear": _Pooled,
+    "mlp": _Pooled,
+    "conv": _Conv,
+    "student": _Student,
+    "transformer": _Transformer,
+}
+
+
+def _unit(c_in: int, c_out: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)
+    )
+
+
+class _Halving(nn.Module):
+    """Convolution, then 2x2 maximum: normalisation and activation run on the small map."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.convolve = nn.Sequential(nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu_(self.convolve(x)), 2)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(_unit(width, width), _unit(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.block(x)
+        return x + residual
+
+
+def _pool(map_BFHW: Tensor) -> Tensor:
+    """Mean and maximum over positions: (B, 2 F)."""
+    positions = map_BFHW.flatten(2)
+    return torch.cat([positions.mean(2), positions.amax(2)], dim=1)
+
+
+def _fold_batch_norm(module: nn.Module) -> None:
+    """Fold every BatchNorm2d that directly follows a Conv2d in an nn.Sequential into it (needs eval mode)."""
+    for child in module.children():
+        _fold_batch_norm(child)
+    if not isinstance(module, nn.Sequential):
+        return
+    kept: list[nn.Module] = []
+    for layer in module:
+        if isinstance(layer, nn.BatchNorm2d) and kept and isinstance(kept[-1], nn.Conv2d):
+            kept[-1] = fuse_conv_bn_eval(kept[-1], layer)
+        else:
+            kept.append(layer)
+    del module[:]
+    module.extend(kept)

@@ -1,0 +1,171 @@
+"""How a cached model does on fresh inputs, and how fast it is beside the full model in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.caches import LearnedCache
+from offramp.calibration import interval
+from offramp.cost import flop_shares, synchronizer
+from offramp.errors import StreamError
+from offramp.model import CachedModel
+from offramp.placement import CacheCosts, oracle_cost
+from offramp.progress import bar
+from offramp.streams import Batch, read_stream
+from offramp.types import Evaluation, LatencyRatio
+
+KEPT_ROWS = 512  # rows that latency is measured on, cycled through
+
+
+def evaluate(
+    cached: CachedModel,
+    stream: Iterable[object],
+    *,
+    batch_sizes: Sequence[int] = (1, 32),
+    latency_budget_s: float = 10.0,
+    progress: bool = False,
+) -> Evaluation:
+    """Run the cached and the full model over `stream` and compare them; accuracy where the stream has labels.
+
+    The stream must be inputs that the fit has not seen. Latency is measured per batch size, alternately, around the
+    whole call, for `latency_budget_s` seconds each; an empty `batch_sizes` leaves it out. Raises StreamError when the
+    stream is empty.
+    """
+    tally = _Tally(cached)
+    with bar("evaluating", None, show=progress) as running, torch.inference_mode():
+        for batch in read_stream(stream, cached.split_model.backbone):
+            tally.add(batch.to(cached.split_model.device))
+            running.advance(len(batch))
+        if not tally.n:
+            raise StreamError("the stream to evaluate on is empty: it yielded no inputs")
+        latency = compare_latency(cached, tally.sample(), batch_sizes, latency_budget_s)
+    return tally.evaluation(latency)
+
+
+def compare_latency(
+    cached: CachedModel, sample: Batch, batch_sizes: Sequence[int], budget_s: float
+) -> tuple[LatencyRatio, ...]:
+    """Cached against full model on real rows, call by call in turn, the device synchronised around every call."""
+    wait = synchronizer(cached.split_model.device)
+    return tuple(_compare_at(cached, sample, size, budget_s, wait) for size in batch_sizes)
+
+
+def _compare_at(
+    cached: CachedModel, sample: Batch, size: int, budget_s: float, wait: Callable[[], None]
+) -> LatencyRatio:
+    backbone = cached.split_model.backbone
+    cached_ms, full_ms = [], []
+    started, turn = time.perf_counter(), -3  # three rounds of warm-up
+    while turn < 20 or time.perf_counter() - started < budget_s:
+        first = (max(turn, 0) * size) % max(1, len(sample) - size + 1)
+        batch = _rows_from(sample, first, size)
+        calls: list[tuple[Callable[..., Any], list[float]]] = [(cached, cached_ms), (backbone, full_ms)]
+        for call, times in calls if turn % 2 else reversed(calls):  # neither always follows the other
+            elapsed = _time_ms(call, batch, wait)
+            if turn >= 0:
+                times.append(elapsed)
+        turn += 1
+    p50, p95 = (float(np.percentile(cached_ms, q) / np.percentile(full_ms, q)) for q in (50, 95))
+    full, ours = float(np.mean(full_ms)), float(np.mean(cached_ms))
+    return LatencyRatio(size, ours / full, p50, p95, full, ours)
+
+
+def _rows_from(sample: Batch, first: int, size: int) -> Batch:
+    if len(sample) >= size:
+        return sample.rows(slice(first, first + size))
+    return sample.rows(torch.arange(size) % len(sample))
+
+
+def _time_ms(call: Callable[..., Any], batch: Batch, wait: Callable[[], None]) -> float:
+    wait()
+    started = time.perf_counter()
+    call(*batch.args, **batch.kwargs)
+    wait()
+    return (time.perf_counter() - started) * 1000
+
+
+class _Tally:
+    """Counts what the cached model and the backbone say, batch by batch."""
+
+    def __init__(self, cached: CachedModel) -> None:
+        self.cached = cached
+        self.left: list[Tensor] = []
+        self.answer: list[Tensor] = []
+        self.full: list[Tensor] = []
+        self.cache_agrees: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.kept: list[Batch] = []
+        self.n = 0
+
+    def add(self, batch: Batch) -> None:
+        cached = self.cached
+        prediction = cached.predict(*batch.args, **batch.kwargs)
+        full_B, agrees_BK = _full_answers(cached, batch)
+        self.left.append(prediction.left_at_B.cpu())
+        self.answer.append(prediction.answer_B.cpu())
+        self.full.append(full_B)
+        self.cache_agrees.append(agrees_BK)
+        if batch.labels_B is not None:
+            self.labels.append(batch.labels_B.cpu())
+        if self.n < KEPT_ROWS:
+            self.kept.append(batch)
+        self.n += len(batch)
+
+    def sample(self) -> Batch:
+        """The first rows of the stream as one batch."""
+        args = tuple(torch.cat(column) for column in zip(*(batch.args for batch in self.kept), strict=True))
+        names = list(self.kept[0].kwargs)
+        return Batch(args, {name: torch.cat([batch.kwargs[name] for batch in self.kept]) for name in names})
+
+    def evaluation(self, latency: tuple[LatencyRatio, ...]) -> Evaluation:
+        cached, task = self.cached, self.cached.task
+        left, answer, full = torch.cat(self.left), torch.cat(self.answer), torch.cat(self.full)
+        errors = int((~task.agree(answer, full)).sum())
+        labels = torch.cat(self.labels) if sum(map(len, self.labels)) == self.n else None
+        costs = CacheCosts(*flop_shares(cached.costs))
+        shares = np.bincount(left.numpy(), minlength=len(cached.exits)) / self.n
+        return Evaluation(
+            n=self.n,
+            disagreements=errors,
+            disagreement=errors / self.n,
+            interval=interval(errors, self.n, cached.certificate.confidence_level),
+            hit_rates=dict(zip(cached.exits, shares.tolist(), strict=True)),
+            flops_ratio=float(shares @ costs_at_exits(costs)),
+            oracle_flops_ratio=oracle_cost(torch.cat(self.cache_agrees).numpy(), costs),
+            latency=latency,
+            accuracy=None if labels is None else float(torch.eq(answer, labels).double().mean()),
+            backbone_accuracy=None if labels is None else float(torch.eq(full, labels).double().mean()),
+        )
+
+
+def costs_at_exits(costs: CacheCosts) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(K + 1,) cost of a request that leaves at each enabled cache or, last, at the backbone."""
+    looked_up = np.cumsum(costs.cache_K)
+    backbone = 1.0 + (looked_up[-1] if len(looked_up) else 0.0)
+    return np.append(np.asarray(costs.before_K) + looked_up, backbone)
+
+
+def _full_answers(cached: CachedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(B,) the backbone's answers and (B, K) whether each cache agrees, every cache run on every row."""
+    split, task = cached.split_model, cached.task
+    live = split.flatten(batch)
+    said: dict[str, Tensor] = {}
+    answers = []
+    for position, stage in enumerate(split.stages):
+        for module in cached.caches:
+            cache = cast(LearnedCache, module)
+            if cache.point == split.points[position].name:
+                read = None if cache.reads is None else said[cache.reads]
+                said[cache.name] = cache(split.activation(position, live), read)
+                answers.append(task.answer(said[cache.name]))
+        live = stage(*live)
+    full_B = task.answer(task.logits(live))
+    agrees = [task.agree(answer_B, full_B).cpu() for answer_B in answers]
+    empty = torch.zeros(len(batch), 0, dtype=torch.bool)
+    return full_B.cpu(), torch.stack(agrees, dim=1) if agrees else empty

@@ -1,0 +1,214 @@
+"""The cached model: the backbone's call, with caches in the way that answer what they can.
+
+The hot loop is `_route`: look the activation up, write the hits' answers, drop them from the batch where that pays, run
+the next stage. It reads the plan and knows nothing of training, search or calibration. Whatever goes wrong in a cache
+is a miss: the failing cache and all later ones are switched off, which can only remove disagreements, never add any.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from offramp.caches import LearnedCache
+from offramp.cost import compaction_rule
+from offramp.errors import InputError
+from offramp.split import SplitModel
+from offramp.streams import Batch
+from offramp.tasks import Classification
+from offramp.types import Certificate, CostTable, Plan
+
+log = logging.getLogger("offramp")
+
+BACKBONE = "backbone"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict` tells: per row the answer, where it left (index into `CachedModel.exits`) and how sure.
+
+    A row that no cache answered left at the last exit, the backbone, whose own answer is sure by definition: 1.
+    `output` is what a plain call returns.
+    """
+
+    answer_B: Tensor
+    left_at_B: Tensor
+    confidence_B: Tensor
+    output: Any
+
+
+class _Routed(NamedTuple):
+    logits_BC: Tensor
+    left_at_B: Tensor
+    confidence_B: Tensor
+
+
+class CachedModel(nn.Module):
+    """A backbone with certified caches. Same call and same output type as the backbone, less work.
+
+    The backbone is not a submodule: its parameters, mode and hooks stay the user's business. Runs where the backbone
+    is; caches are moved there.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        caches: Sequence[LearnedCache],
+        plan: Plan,
+        certificate: Certificate,
+        costs: CostTable,
+        *,
+        task: Classification,
+        summary: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.split_model, self.task, self.costs = split, task, costs
+        self.plan, self.certificate, self.summary = plan, certificate, dict(summary)
+        self.caches = nn.ModuleList(caches).to(split.device)
+        self.caches.requires_grad_(requires_grad=False)
+        super().train(mode=False)
+        self.exits = (*(cache.name for cache in plan.caches), BACKBONE)
+        self._lookups = _lookups(split, caches, plan)
+        self._live_lookups = len(plan.caches)  # lookups from this one on are switched off
+        self._compaction = compaction_rule(costs)
+        self._classes, self._dtype = self._output_form()
+
+    # -- the call ----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the backbone's: same arguments, same output type. Raises InputError when the arguments do not fit."""
+        batch = _as_call(args, kwargs)
+        if len(batch) and self._bypassed(len(batch)):
+            with torch.no_grad():
+                return self.split_model.backbone(*args, **kwargs)
+        return self.split_model.unflatten((self._route(batch).logits_BC,))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
+        """The same, and per row where it left and how sure that cache was."""
+        batch = _as_call(args, kwargs)
+        routed = self._route(batch, caches_on=not self._bypassed(len(batch)))
+        return Prediction(
+            self.task.answer(routed.logits_BC),
+            routed.left_at_B,
+            routed.confidence_B,
+            self.split_model.unflatten((routed.logits_BC,)),
+        )
+
+    @torch.no_grad()
+    def _route(self, batch: Batch, *, caches_on: bool = True) -> _Routed:
+        split = self.split_model
+        live = split.flatten(batch)
+        total = len(batch)
+        out = _Routed(
+            torch.empty(total, self._classes, dtype=self._dtype, device=split.device),
+            torch.full((total,), len(self.exits) - 1, device=split.device),
+            torch.ones(total, device=split.device),
+        )
+        if total == 0:
+            return out
+        rows = torch.arange(total, device=split.device)  # the caller's numbers of the rows in `live`
+        waiting = torch.ones(total, dtype=torch.bool, device=split.device)  # those not yet answered
+        waiting_count = total
+        said: dict[str, Tensor] = {}  # logits of earlier caches that later ones read, row by row as in `live`
+        for position, stage in enumerate(split.stages):
+            for slot in self._lookups[position] if caches_on else ():
+                if slot >= self._live_lookups:
+                    break
+                answered = self._look_up(slot, split.activation(position, live), said)
+                if answered is None:
+                    break
+                logits, confidence = answered
+                hit = waiting & (confidence >= self.plan.caches[slot].threshold)  # NaN compares false: a miss
+                hits = int(hit.sum())  # waits for the device: what runs next depends on it
+                if hits == 0:
+                    continue
+                to = rows[hit]
+                out.logits_BC[to] = logits[hit].to(self._dtype)
+                out.left_at_B[to] = slot
+                out.confidence_B[to] = confidence[hit].float()
+                waiting_count -= hits
+                if waiting_count == 0:
+                    return out
+                waiting = waiting & ~hit
+                if self._compaction[position].pays(len(rows), waiting_count):
+                    kept = waiting.nonzero().squeeze(1)
+                    live = tuple(value.index_select(0, kept) for value in live)
+                    said = {name: value.index_select(0, kept) for name, value in said.items()}
+                    rows, waiting = rows[kept], waiting[kept]
+            live = stage(*live)
+        out.logits_BC[rows[waiting]] = self.task.logits(live)[waiting].to(self._dtype)
+        return out
+
+    def _look_up(self, slot: int, activation: Tensor, said: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Logits and confidence of one cache, or None when it failed: then it and all later ones are off."""
+        cache = cast(LearnedCache, self.caches[slot])
+        try:
+            read = None if cache.reads is None else said[cache.reads]
+            logits = cache(activation, read)
+            said[cache.name] = logits
+            return logits, cache.confidence(logits, read)
+        except Exception:  # fail closed: no error of a cache may reach the caller
+            log.exception("cache %s failed; it and all later caches are switched off", cache.name)
+            self._live_lookups = min(self._live_lookups, slot)
+            return None
+
+    def _bypassed(self, batch_size: int) -> bool:
+        """Whether a batch of this size runs the backbone alone: no caches, or measured not to pay."""
+        if not self.plan.caches or self._live_lookups == 0:
+            return True
+        if not self.plan.bypass_batch_sizes or batch_size == 0:
+            return False
+        nearest = min(self.costs.backbone.time_ms, key=lambda size: abs(size - batch_size))
+        return nearest in self.plan.bypass_batch_sizes
+
+    def _output_form(self) -> tuple[int, torch.dtype]:
+        live = self.split_model.flatten(self.split_model.example)
+        with torch.no_grad():
+            for stage in self.split_model.stages:
+                live = stage(*live)
+        logits = self.task.logits(live)
+        return logits.shape[1], logits.dtype
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> CachedModel:  # noqa: FBT001 - torch's signature
+        """Caches only answer; asking for train mode is an error."""
+        if mode:
+            raise InputError("a cached model only answers: it has no train mode. To learn anew, call offramp.fit().")
+        return self
+
+    def report(self) -> dict[str, Any]:
+        """Everything known about this model as one JSON document; `offramp.report` draws it."""
+        return {**self.summary, "plan": self.plan.to_json(), "certificate": self.certificate.to_json()}
+
+
+def _lookups(split: SplitModel, caches: Sequence[LearnedCache], plan: Plan) -> list[list[int]]:
+    """For each split point the positions in the plan of the caches that sit there."""
+    names = [point.name for point in split.points]
+    if [cache.name for cache in caches] != [planned.name for planned in plan.caches]:
+        raise InputError(
+            f"the caches {[cache.name for cache in caches]} are not those of the plan, "
+            f"{[planned.name for planned in plan.caches]}"
+        )
+    at: list[list[int]] = [[] for _ in names]
+    for slot, cache in enumerate(caches):
+        if cache.point not in names:
+            raise InputError(f"cache {cache.name} sits at split point {cache.point!r}; the backbone has {names}")
+        at[names.index(cache.point)].append(slot)
+    return at
+
+
+def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    """The arguments of a call as a Batch; None counts as not given."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    wrong = [type(value).__name__ for value in (*args, *given.values()) if not isinstance(value, Tensor)]
+    if wrong or not (args or given):
+        raise InputError(
+            f"a cached model is called with tensors, as its backbone was when it was fitted; received {wrong}"
+        )
+    return Batch(args, given)

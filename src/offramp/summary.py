@@ -1,0 +1,233 @@
+"""What a fit found, as one JSON document: the part of `CachedModel.report()` that only the fit can know."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp.augment import is_image
+from offramp.calibration import Verdict, upper_bound
+from offramp.cost import flop_shares
+from offramp.evaluation import costs_at_exits
+from offramp.model import CachedModel
+from offramp.placement import CacheCosts, Candidate, oracle_cost, outcomes
+from offramp.recording import CERTIFY, TUNE
+from offramp.search import Search, Trained
+from offramp.types import CostTable, LatencyRatio
+
+SAMPLES = 8
+RELIABILITY_BINS = 10
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `fitting.choose` worked out on its way."""
+
+    trained: Sequence[Trained]
+    path: Sequence[Candidate]
+    certify_errors_M: Sequence[int]
+    verdict: Verdict
+    chosen: Candidate
+    latency: Sequence[LatencyRatio]
+    seconds: dict[str, float]
+    time_budget_s: float | None
+
+
+def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Findings) -> dict[str, Any]:
+    """The document's parts, JSON throughout; `costs` covers all candidates. tests/test_report.py shows its form."""
+    backbone = search.split.backbone
+    return {
+        "offramp": importlib.metadata.version("offramp"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backbone": {
+            "name": type(backbone).__name__,
+            "parameters": costs.backbone.parameters,
+            "flops": costs.backbone.flops,
+            "fingerprint": search.split.fingerprint,
+        },
+        "points": [
+            {"name": point.name, "shape": list(point.shape), "depth": point.depth} for point in search.split.points
+        ],
+        "leaves": _leaves(search, cached, found),
+        "cost": {
+            "estimated_share": cached.plan.estimated_cost,
+            "flops_share": _flops_share(search, cached, found),
+            "measured": [
+                {"batch_size": ratio.batch_size, "full_ms": ratio.full_mean_ms, "cached_ms": ratio.cached_mean_ms}
+                for ratio in found.latency
+            ],
+        },
+        "caches": _caches(search, costs, found),
+        "path": _path(cached, found),
+        "oracle_cost": _oracle(search, cached, found),
+        "samples": _samples(search, cached, found),
+        "fit": {
+            "inputs": search.recording.counts(),
+            "seconds": dict(found.seconds),
+            "seed": search.seed,
+            "time_budget_s": found.time_budget_s,
+            "device": costs.device,
+            "threads": costs.threads,
+        },
+        "advice": found.verdict.advice,
+    }
+
+
+def _left_at(search: Search, cached: CachedModel, found: Findings, part: int) -> NDArray[np.int64]:
+    """(rows of the part,) index into `cached.exits`."""
+    rows = search.recording.index(part)
+    if not cached.plan.caches:
+        return np.zeros(len(rows), np.int64)
+    left_at, _ = outcomes(search.records(found.trained, part), found.chosen.thresholds_K)
+    names = [trained.cache.name for trained in found.trained]
+    exit_of = [cached.exits.index(name) if name in cached.exits else -1 for name in names] + [len(cached.exits) - 1]
+    return np.array(exit_of)[left_at]
+
+
+def _flop_costs(cached: CachedModel) -> CacheCosts:
+    return CacheCosts(*flop_shares(cached.costs))
+
+
+def _leaves(search: Search, cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
+    share = np.bincount(_left_at(search, cached, found, CERTIFY), minlength=len(cached.exits))
+    share = share / max(1, share.sum())
+    cost = costs_at_exits(_flop_costs(cached))
+    points = [planned.point for planned in cached.plan.caches] + ["output"]
+    return [
+        {"name": name, "point": point, "share": float(s), "cost": float(c)}
+        for name, point, s, c in zip(cached.exits, points, share, cost, strict=True)
+    ]
+
+
+def _flops_share(search: Search, cached: CachedModel, found: Findings) -> float:
+    return float(sum(leaf["share"] * leaf["cost"] for leaf in _leaves(search, cached, found)))
+
+
+def _caches(search: Search, costs: CostTable, found: Findings) -> list[dict[str, Any]]:
+    if not found.trained:
+        return []
+    records = search.records(found.trained, TUNE)
+    out = []
+    for k, trained in enumerate(found.trained):
+        cache, part = trained.cache, costs.caches[k]
+        threshold = found.chosen.thresholds_K[k] if found.chosen.thresholds_K else np.inf
+        out.append(
+            {
+                "name": cache.name,
+                "point": cache.point,
+                "enabled": bool(np.isfinite(threshold)),
+                "reads": cache.reads,
+                "parameters": part.parameters,
+                "bytes": part.parameter_bytes,
+                "flops_share": part.flops / costs.backbone.flops if costs.backbone.flops else 0.0,
+                "agreement": float(records.agreement_NK[:, k].mean()),
+                "auroc": {name: _number(value) for name, value in trained.auroc.items()},
+                "confidence": cache.confidence_name,
+                "threshold": float(threshold) if np.isfinite(threshold) else None,
+                "reliability": _reliability(records.confidence_NK[:, k], records.agreement_NK[:, k]),
+                "training": {"steps": trained.log.steps, "seconds": trained.log.seconds},
+            }
+        )
+    return out
+
+
+def _reliability(confidence_N: NDArray[Any], agreement_N: NDArray[np.bool_]) -> list[dict[str, float]]:
+    """Mean confidence and agreement of about equally filled bins."""
+    order = np.argsort(confidence_N)
+    return [
+        {"confidence": float(confidence_N[rows].mean()), "agreement": float(agreement_N[rows].mean()), "n": len(rows)}
+        for rows in np.array_split(order, RELIABILITY_BINS)
+        if len(rows)
+    ]
+
+
+def _path(cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
+    n, level = found.verdict.n, cached.certificate.confidence_level
+    return [
+        {
+            "disagreement": candidate.disagreement,
+            "cost": candidate.cost,
+            "certified_errors": int(errors),
+            "bound": upper_bound(int(errors), n, level),
+            "passed": i <= found.verdict.index,
+            "chosen": candidate is found.chosen,
+        }
+        for i, (candidate, errors) in enumerate(zip(found.path, found.certify_errors_M, strict=True))
+    ]
+
+
+def _oracle(search: Search, cached: CachedModel, found: Findings) -> float | None:
+    """FLOPs share if each certification input left at the first enabled cache that agrees."""
+    if not cached.plan.caches:
+        return None
+    records = search.records(found.trained, CERTIFY)
+    enabled = [k for k, threshold in enumerate(found.chosen.thresholds_K) if np.isfinite(threshold)]
+    return oracle_cost(records.agreement_NK[:, enabled], _flop_costs(cached))
+
+
+def _samples(search: Search, cached: CachedModel, found: Findings) -> dict[str, Any]:
+    """A few tuning inputs that leave first, and a few that go all the way: pictures, where inputs are images."""
+    del found
+    batch = search.recording.sample
+    point = search.split.points[0]
+    if not cached.plan.caches or not is_image(tuple(point.shape), floating=point.dtype.is_floating_point):
+        return {"kind": None, "first": [], "last": []}
+    with torch.inference_mode():
+        prediction = cached.predict(*batch.to(search.split.device).args, **batch.to(search.split.device).kwargs)
+    left = prediction.left_at_B.cpu().numpy()
+    sure = prediction.confidence_B.cpu().numpy()
+    order = np.lexsort((-sure, left))
+    images = batch.tensors[0]
+
+    def show(row: int) -> dict[str, Any]:
+        return {
+            "image": _png(images[row].float().numpy()),
+            "left_at": cached.exits[left[row]],
+            "answer": int(prediction.answer_B[row]),
+            "confidence": float(sure[row]),
+        }
+
+    return {
+        "kind": "image",
+        "first": [show(int(row)) for row in order[:SAMPLES]],
+        "last": [show(int(row)) for row in order[::-1][:SAMPLES]],
+    }
+
+
+def _png(image_CHW: NDArray[Any]) -> str:
+    """Base64 of a PNG of the image, stretched to the full range; without Pillow, an uncompressed one by hand."""
+    low, high = image_CHW.min(), image_CHW.max()
+    pixels = ((image_CHW - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+    pixels = np.repeat(pixels[:1], 3, axis=0) if len(pixels) != 3 else pixels
+    return base64.b64encode(_encode_png(pixels.transpose(1, 2, 0))).decode()
+
+
+def _encode_png(pixels_HWC: NDArray[np.uint8]) -> bytes:
+    import struct
+    import zlib
+
+    height, width, _ = pixels_HWC.shape
+    raw = b"".join(b"\x00" + row.tobytes() for row in pixels_HWC)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    out = io.BytesIO()
+    out.write(b"\x89PNG\r\n\x1a\n")
+    out.write(chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)))
+    out.write(chunk(b"IDAT", zlib.compress(raw, 9)))
+    out.write(chunk(b"IEND", b""))
+    return out.getvalue()
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
