@@ -29,7 +29,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from offramp.errors import MissingExtraError, OfframpError
-from offramp.split import SplitModel, split
+from offramp.splitting import SplitModel, split
 from offramp.streams import as_batch
 from offramp.torchvision_shim import import_torchvision
 

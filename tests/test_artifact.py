@@ -24,7 +24,7 @@ from offramp.caches.learned import Reduction
 from offramp.confidence import Selector
 from offramp.errors import ArtifactError, InputError, StorageError
 from offramp.model import CachedModel
-from offramp.split import split
+from offramp.splitting import split
 from offramp.tasks import Classification
 from offramp.types import Certificate, CostTable, PartCost, Plan, PlannedCache, RoutingCost, Timing
 

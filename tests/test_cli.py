@@ -96,7 +96,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls(example_document())
     for name in ("fit", "save", "load", "evaluate"):
         monkeypatch.setattr(offramp, name, getattr(calls, name))
-    monkeypatch.setattr("offramp.artifact._read_manifest", calls.read_manifest)
+    monkeypatch.setattr("offramp.artifact.read_manifest", calls.read_manifest)
     return calls
 
 
@@ -266,9 +266,9 @@ def test_inspect_says_why_a_model_cannot_be_split(
     def refuse(*_args: object) -> None:
         raise SplitError("the operation aten.nonzero mixes rows")
 
-    import offramp.split  # noqa: F401
+    import offramp.splitting  # noqa: F401
 
-    monkeypatch.setattr(sys.modules["offramp.split"], "split", refuse)
+    monkeypatch.setattr(sys.modules["offramp.splitting"], "split", refuse)
     assert run("inspect", f"{code}:build", "--input-shape", "12") == 2
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "offramp: the operation aten.nonzero mixes rows"

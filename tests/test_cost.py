@@ -34,7 +34,7 @@ from offramp.cost import (
     time_call,
 )
 from offramp.errors import InputError
-from offramp.split import split
+from offramp.splitting import split
 from offramp.streams import Batch
 from offramp.types import CostTable, PartCost, RoutingCost, Timing
 

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from offramp.fitting import fit as fit
     from offramp.model import CachedModel as CachedModel
     from offramp.model import Prediction as Prediction
-    from offramp.split import split as split
+    from offramp.splitting import split as split
     from offramp.types import Certificate as Certificate
     from offramp.types import Evaluation as Evaluation
     from offramp.types import Plan as Plan
 
 _HOME = {
     "fit": "fitting",
-    "split": "split",
+    "split": "splitting",
     "evaluate": "evaluation",
     "save": "artifact",
     "load": "artifact",

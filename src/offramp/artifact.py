@@ -25,7 +25,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,10 +39,10 @@ from offramp.caches import LearnedCache, build_cache
 from offramp.cost import cost_from_json, cost_to_json
 from offramp.errors import ArtifactError, InputError, OfframpError, StorageError
 from offramp.model import CachedModel
-from offramp.split import SplitModel, split
+from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
 from offramp.tasks import task_named
-from offramp.types import Certificate, Plan
+from offramp.types import Certificate, Plan, version
 
 FORMAT = "offramp-cached-model"
 FORMAT_VERSION = 1
@@ -80,7 +79,7 @@ def load(
     """
     folder = Path(path).resolve()
     _check_device(backbone, device)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     tensors = _read_weights(folder, manifest["weights"])
     caches = _build_caches(folder, manifest["caches"], tensors)
     split_model = _split_again(folder, manifest, backbone, _example(tensors))
@@ -108,7 +107,7 @@ def _manifest(cached: CachedModel, weights: bytes) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
-            "offramp": _version("offramp"),
+            "offramp": version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
@@ -165,13 +164,6 @@ def _plain(value: object) -> object:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"  # run from a source tree
 
 
 # --- how it is written ----------------------------------------------------------------------------
@@ -273,7 +265,7 @@ def _check_device(backbone: nn.Module | ExportedProgram, device: torch.device | 
             )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, once its format is known and its seal is right."""
     file = folder / MANIFEST
     try:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from offramp.model import CachedModel
     from offramp.sources import DataOptions
-    from offramp.split import SplitModel
+    from offramp.splitting import SplitModel
     from offramp.types import CostTable
 
 INHERITED = ("batch_size", "column", "transform", "size", "tokenizer", "max_length")
@@ -120,7 +120,7 @@ def inspect(
     with _output(as_json=as_json) as output:
         from offramp.cost import measure as measure_cost
         from offramp.sources import load_model
-        from offramp.split import split
+        from offramp.splitting import split
 
         given = _given(
             batch_size=batch_size or 4,
@@ -388,11 +388,11 @@ def _lasting_paths(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """The checked manifest of an artefact."""
-    from offramp.artifact import _read_manifest
+    from offramp.artifact import read_manifest
 
     if not folder.is_dir():
         raise ArtifactError(f"no such folder: {folder}; expected one that `offramp fit --out DIR` wrote")
-    return _read_manifest(folder)
+    return read_manifest(folder)
 
 
 def _source(folder: Path) -> dict[str, Any]:

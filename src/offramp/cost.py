@@ -32,7 +32,7 @@ from offramp.errors import InputError
 from offramp.types import CostTable, FloatArray, PartCost, RoutingCost, Timing
 
 if TYPE_CHECKING:
-    from offramp.split import SplitModel
+    from offramp.splitting import SplitModel
     from offramp.streams import Batch
 
 T = TypeVar("T")

@@ -28,6 +28,8 @@ from offramp.caches import LearnedCache
 from offramp.progress import Bar
 from offramp.recording import Recording
 
+PREPARE_ROWS = 500  # rows that fixed first layers are computed from
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -99,6 +101,7 @@ def train(
     """
     torch.manual_seed(seed)
     cache.to(device, memory_format=torch.channels_last).train()
+    cache.prepare(_as_input(recording.features[position][np.sort(rows[:PREPARE_ROWS])]).to(device))
     rows_seen = _Rows(rows, recipe.batch_size, seed)
     total = max(1, recipe.rows // recipe.batch_size)
     optimizer = torch.optim.AdamW(_parameter_groups(cache, recipe.weight_decay), lr=recipe.learning_rate)
@@ -192,7 +195,7 @@ def _parameter_groups(cache: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def _as_input(feature: NDArray[np.generic]) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(feature))
+    tensor = torch.from_numpy(np.array(feature))
     if not tensor.is_floating_point():
         return tensor.long()
     return tensor.float().contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor.float()

@@ -34,8 +34,8 @@ def evaluate(
     """Run the cached and the full model over `stream` and compare them; accuracy where the stream has labels.
 
     The stream must be inputs that the fit has not seen. Latency is measured per batch size, alternately, around the
-    whole call, for `latency_budget_s` seconds each; an empty `batch_sizes` leaves it out. Raises StreamError when the
-    stream is empty.
+    whole call, for `latency_budget_s` seconds each; an empty `batch_sizes` leaves it out. Batches of a size that the
+    plan bypasses run the backbone alone, as they would for a caller. Raises StreamError when the stream is empty.
     """
     tally = _Tally(cached)
     with bar("evaluating", None, show=progress) as running, torch.inference_mode():
@@ -53,14 +53,16 @@ def compare_latency(
 ) -> tuple[LatencyRatio, ...]:
     """Cached against full model on real rows, call by call in turn, the device synchronised around every call."""
     wait = synchronizer(cached.split_model.device)
-    return tuple(_compare_at(cached, sample, size, budget_s, wait) for size in batch_sizes)
+    with torch.inference_mode():  # otherwise the full model alone would record for gradients
+        return tuple(_compare_at(cached, sample, size, budget_s, wait) for size in batch_sizes)
 
 
 def _compare_at(
     cached: CachedModel, sample: Batch, size: int, budget_s: float, wait: Callable[[], None]
 ) -> LatencyRatio:
     backbone = cached.split_model.backbone
-    cached_ms, full_ms = [], []
+    cached_ms: list[float] = []
+    full_ms: list[float] = []
     started, turn = time.perf_counter(), -3  # three rounds of warm-up
     while turn < 20 or time.perf_counter() - started < budget_s:
         first = (max(turn, 0) * size) % max(1, len(sample) - size + 1)
@@ -101,7 +103,7 @@ class _Tally:
         self.cache_agrees: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.kept: list[Batch] = []
-        self.n = 0
+        self.n = self.bypassed = 0
 
     def add(self, batch: Batch) -> None:
         cached = self.cached
@@ -116,6 +118,7 @@ class _Tally:
         if self.n < KEPT_ROWS:
             self.kept.append(batch)
         self.n += len(batch)
+        self.bypassed += len(batch) if cached.bypasses(len(batch)) else 0
 
     def sample(self) -> Batch:
         """The first rows of the stream as one batch."""
@@ -130,13 +133,15 @@ class _Tally:
         labels = torch.cat(self.labels) if sum(map(len, self.labels)) == self.n else None
         costs = CacheCosts(*flop_shares(cached.costs))
         shares = np.bincount(left.numpy(), minlength=len(cached.exits)) / self.n
+        cost_at = costs_at_exits(costs)
+        unasked = self.bypassed / self.n * float(cost_at[-1] - 1)  # a bypassing batch pays for no cache
         return Evaluation(
             n=self.n,
             disagreements=errors,
             disagreement=errors / self.n,
             interval=interval(errors, self.n, cached.certificate.confidence_level),
-            hit_rates=dict(zip(cached.exits, shares.tolist(), strict=True)),
-            flops_ratio=float(shares @ costs_at_exits(costs)),
+            hit_rates=dict(zip(cached.exits[:-1], shares.tolist(), strict=False)),
+            flops_ratio=float(shares @ cost_at) - unasked,
             oracle_flops_ratio=oracle_cost(torch.cat(self.cache_agrees).numpy(), costs),
             latency=latency,
             accuracy=None if labels is None else float(torch.eq(answer, labels).double().mean()),

@@ -7,6 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -25,8 +26,8 @@ from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Candidate, outcomes, plan_path
 from offramp.recording import CERTIFY, SHARES_CERTIFY_STREAM, SHARES_ONE_STREAM, TUNE, Recording, record
 from offramp.search import Search, Trained
-from offramp.split import SplitModel, split
-from offramp.streams import as_batch
+from offramp.splitting import SplitModel, split
+from offramp.streams import Batch, as_batch
 from offramp.summary import Findings, summarise
 from offramp.tasks import Classification, task_named
 from offramp.types import Certificate, CostTable, LatencyRatio, Plan, PlannedCache, Records
@@ -66,24 +67,71 @@ def fit(
 
     Raises InputError, SplitError, StreamError or StorageError; the backbone is left as it was.
     """
-    started = time.monotonic()
     check_levels(tolerance, confidence_level)
+    learned = learn(
+        backbone,
+        stream,
+        certify=certify,
+        tolerance=tolerance,
+        confidence_level=confidence_level,
+        task=task,
+        method=method,
+        time_budget_s=time_budget_s,
+        device=device,
+        seed=seed,
+        progress=progress,
+        workdir=workdir,
+    )
+    cached = choose(learned, tolerance=tolerance, confidence_level=confidence_level)
+    if workdir is not None:
+        for name in ("recording", "caches"):
+            shutil.rmtree(Path(workdir) / name, ignore_errors=True)
+    return cached
+
+
+@dataclass
+class Learned:
+    """The neural half of a fit: trained candidates and their measured costs. `choose` makes a model of it."""
+
+    search: Search
+    trained: list[Trained]
+    costs: CostTable
+    seconds: dict[str, float]
+    time_budget_s: float | None
+    interrupted: bool
+
+
+def learn(
+    backbone: nn.Module,
+    stream: Iterable[object],
+    *,
+    certify: Iterable[object] | None = None,
+    tolerance: float = 0.01,
+    confidence_level: float = 0.95,
+    task: str = "classification",
+    method: str = "offramp",
+    time_budget_s: float | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    workdir: str | Path | None = None,
+) -> Learned:
+    """Everything in `fit` before the choice: split, record, train, measure. Arguments and errors as there."""
+    started = time.monotonic()
     chosen_task = task_named(task)
     _check_arguments(method, time_budget_s)
     if device is not None:
         _check_device(backbone, torch.device(device))
     folder = None if workdir is None else Path(workdir)
-    seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
+    clock = _Clock()
     example, stream = _example(backbone, stream)
-    split_model = split(backbone, example)
+    split_model = split(backbone, example.to(_device_of(backbone)))
     clock.lap("split")
     costs = measure(split_model, batch_sizes=BATCH_SIZES)
     clock.lap("measure")
     recording = _record(split_model, chosen_task, stream, certify, seed, folder, time_budget_s, show=progress)
     clock.lap("record")
     _check_enough(recording, tolerance, confidence_level, separate=certify is not None)
-    deadline = None if time_budget_s is None else started + time_budget_s * (1 - CLOSING_SHARE)
     with graceful_stop() as stop:
         search = Search(
             split_model,
@@ -92,48 +140,26 @@ def fit(
             costs,
             tolerance=tolerance,
             seed=seed,
-            deadline=deadline,
+            deadline=None if time_budget_s is None else started + time_budget_s * (1 - CLOSING_SHARE),
             stop=stop,
             workdir=folder,
             show=progress,
         )
         trained = search.run()
-        clock.lap("train")
+    clock.lap("train")
     costs = measure_caches(costs, split_model, [candidate.cache for candidate in trained])
     clock.lap("measure_caches")
-    cached = choose(
-        search,
-        trained,
-        costs,
-        tolerance=tolerance,
-        confidence_level=confidence_level,
-        seconds=seconds,
-        time_budget_s=time_budget_s,
-    )
-    clock.lap("choose")
-    cached.summary["fit"]["seconds"] = dict(seconds) | {"total": time.monotonic() - started}
-    if stop.requested:
-        cached.summary["advice"] += " Training was interrupted; a full run may save more."
-    if folder is not None:
-        shutil.rmtree(folder / "recording", ignore_errors=True)
-        shutil.rmtree(folder / "caches", ignore_errors=True)
-    return cached
+    return Learned(search, trained, costs, clock.seconds, time_budget_s, stop.requested)
 
 
-def choose(
-    search: Search,
-    trained: list[Trained],
-    costs: CostTable,
-    *,
-    tolerance: float,
-    confidence_level: float,
-    seconds: dict[str, float] | None = None,
-    time_budget_s: float | None = None,
-) -> CachedModel:
+def choose(learned: Learned, *, tolerance: float, confidence_level: float) -> CachedModel:
     """From trained candidates to a certified model: path of plans on tune, fixed sequence on certify, a last timing.
 
     Call it again with another tolerance to have a second model from the same caches; each certificate holds by itself.
     """
+    started = time.monotonic()
+    check_levels(tolerance, confidence_level)
+    search, trained, costs = learned.search, learned.trained, learned.costs
     recording = search.recording
     path, errors_M, verdict = _certified_path(search, trained, costs, tolerance, confidence_level)
     candidate = path[max(verdict.index, 0)]
@@ -159,17 +185,12 @@ def choose(
         plan = _never_slower(plan, latency)
         certificate = certificate if plan.caches else dataclasses.replace(certificate, errors=0, bound=0.0)
         cached = _assemble(search, trained, plan, certificate, costs)
-    findings = Findings(
-        trained,
-        path,
-        errors_M,
-        verdict,
-        candidate if plan.caches else path[0],
-        latency,
-        dict(seconds or {}),
-        time_budget_s,
-    )
+    chosen = candidate if plan.caches else path[0]
+    findings = Findings(trained, path, errors_M, verdict, chosen, latency, learned.seconds, learned.time_budget_s)
     cached.summary.update(summarise(search, cached, costs, findings))
+    cached.summary["fit"]["seconds"]["choose"] = time.monotonic() - started
+    if learned.interrupted:
+        cached.summary["advice"] += " Training was interrupted; a full run may save more."
     return cached
 
 
@@ -247,15 +268,20 @@ def _check_arguments(method: str, time_budget_s: float | None) -> None:
 
 
 def _check_device(backbone: nn.Module, device: torch.device) -> None:
-    parameter = next(iter(backbone.parameters()), None)
-    if parameter is not None and parameter.device.type != device.type:
+    actual = _device_of(backbone)
+    if actual.type != device.type:
         raise InputError(
-            f"device={str(device)!r} but the backbone is on {parameter.device}; move it first, "
+            f"device={str(device)!r} but the backbone is on {actual}; move it first, "
             f"`backbone.to({str(device)!r})`: fit() does not touch the model"
         )
 
 
-def _example(backbone: nn.Module, stream: Iterable[object]) -> tuple[object, Iterable[object]]:
+def _device_of(backbone: nn.Module) -> torch.device:
+    parameter = next(itertools.chain(backbone.parameters(), backbone.buffers()), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _example(backbone: nn.Module, stream: Iterable[object]) -> tuple[Batch, Iterable[object]]:
     """A few rows to trace the backbone with, and the stream, still whole."""
     if isinstance(stream, Recording):
         return stream.sample.rows(slice(0, 4)), stream
@@ -312,8 +338,9 @@ def _check_enough(recording: Recording, tolerance: float, confidence_level: floa
 class _Clock:
     """Seconds per phase."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.last = seconds, time.monotonic()
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.monotonic()
 
     def lap(self, name: str) -> None:
         now = time.monotonic()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offramp.caches import LearnedCache
 from offramp.cost import compaction_rule
 from offramp.errors import InputError
-from offramp.split import SplitModel
+from offramp.splitting import SplitModel
 from offramp.streams import Batch
 from offramp.tasks import Classification
 from offramp.types import Certificate, CostTable, Plan
@@ -83,7 +83,8 @@ class CachedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's: same arguments, same output type. Raises InputError when the arguments do not fit."""
         batch = _as_call(args, kwargs)
-        if len(batch) and self._bypassed(len(batch)):
+        if len(batch) and self.bypasses(len(batch)):
+            self.split_model.flatten(batch)  # refuses the same inputs as with caches
             with torch.no_grad():
                 return self.split_model.backbone(*args, **kwargs)
         return self.split_model.unflatten((self._route(batch).logits_BC,))
@@ -91,7 +92,7 @@ class CachedModel(nn.Module):
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The same, and per row where it left and how sure that cache was."""
         batch = _as_call(args, kwargs)
-        routed = self._route(batch, caches_on=not self._bypassed(len(batch)))
+        routed = self._route(batch, caches_on=not self.bypasses(len(batch)))
         return Prediction(
             self.task.answer(routed.logits_BC),
             routed.left_at_B,
@@ -114,6 +115,7 @@ class CachedModel(nn.Module):
         rows = torch.arange(total, device=split.device)  # the caller's numbers of the rows in `live`
         waiting = torch.ones(total, dtype=torch.bool, device=split.device)  # those not yet answered
         waiting_count = total
+        open_to_caches = waiting  # those that caches may still answer
         said: dict[str, Tensor] = {}  # logits of earlier caches that later ones read, row by row as in `live`
         for position, stage in enumerate(split.stages):
             for slot in self._lookups[position] if caches_on else ():
@@ -123,7 +125,10 @@ class CachedModel(nn.Module):
                 if answered is None:
                     break
                 logits, confidence = answered
-                hit = waiting & (confidence >= self.plan.caches[slot].threshold)  # NaN compares false: a miss
+                threshold = self.plan.caches[slot].threshold
+                hit = open_to_caches & (confidence >= threshold)
+                # NaN compares false twice: a miss, and later caches do not answer this row either.
+                open_to_caches = open_to_caches & (confidence < threshold)
                 hits = int(hit.sum())  # waits for the device: what runs next depends on it
                 if hits == 0:
                     continue
@@ -139,7 +144,7 @@ class CachedModel(nn.Module):
                     kept = waiting.nonzero().squeeze(1)
                     live = tuple(value.index_select(0, kept) for value in live)
                     said = {name: value.index_select(0, kept) for name, value in said.items()}
-                    rows, waiting = rows[kept], waiting[kept]
+                    rows, waiting, open_to_caches = rows[kept], waiting[kept], open_to_caches[kept]
             live = stage(*live)
         out.logits_BC[rows[waiting]] = self.task.logits(live)[waiting].to(self._dtype)
         return out
@@ -150,14 +155,20 @@ class CachedModel(nn.Module):
         try:
             read = None if cache.reads is None else said[cache.reads]
             logits = cache(activation, read)
+            confidence = cache.confidence(logits, read)
+            if logits.shape != (len(activation), self._classes) or confidence.shape != (len(activation),):
+                raise ValueError(f"logits of shape {tuple(logits.shape)}, confidence of {tuple(confidence.shape)}")
+            if logits.device != activation.device or confidence.device != activation.device:
+                raise ValueError(f"answers on {logits.device} and {confidence.device}, inputs on {activation.device}")
             said[cache.name] = logits
-            return logits, cache.confidence(logits, read)
+            return logits, confidence
         except Exception:  # fail closed: no error of a cache may reach the caller
-            log.exception("cache %s failed; it and all later caches are switched off", cache.name)
-            self._live_lookups = min(self._live_lookups, slot)
+            if slot < self._live_lookups:  # the first to notice says it
+                self._live_lookups = slot
+                log.exception("cache %s failed; it and all later caches are switched off", cache.name)
             return None
 
-    def _bypassed(self, batch_size: int) -> bool:
+    def bypasses(self, batch_size: int) -> bool:
         """Whether a batch of this size runs the backbone alone: no caches, or measured not to pay."""
         if not self.plan.caches or self._live_lookups == 0:
             return True
@@ -196,19 +207,28 @@ def _lookups(split: SplitModel, caches: Sequence[LearnedCache], plan: Plan) -> l
             f"{[planned.name for planned in plan.caches]}"
         )
     at: list[list[int]] = [[] for _ in names]
+    before = 0
     for slot, cache in enumerate(caches):
         if cache.point not in names:
             raise InputError(f"cache {cache.name} sits at split point {cache.point!r}; the backbone has {names}")
-        at[names.index(cache.point)].append(slot)
+        position = names.index(cache.point)
+        if position < before:
+            raise InputError(f"cache {cache.name} at {cache.point!r} is listed behind a cache that is met after it")
+        before = position
+        at[position].append(slot)
     return at
 
 
 def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    """The arguments of a call as a Batch; None counts as not given."""
+    """The arguments of a call as a Batch; None counts as not given. Every tensor must have the same number of rows."""
     given = {name: value for name, value in kwargs.items() if value is not None}
     wrong = [type(value).__name__ for value in (*args, *given.values()) if not isinstance(value, Tensor)]
     if wrong or not (args or given):
         raise InputError(
             f"a cached model is called with tensors, as its backbone was when it was fitted; received {wrong}"
         )
-    return Batch(args, given)
+    batch = Batch(args, given)
+    if len({tensor.shape[:1] for tensor in batch.tensors}) > 1 or not batch.tensors[0].ndim:
+        shapes = [tuple(tensor.shape) for tensor in batch.tensors]
+        raise InputError(f"the inputs must share their first dimension, the batch; received shapes {shapes}")
+    return batch

@@ -10,13 +10,15 @@ land on one side; a row of a separate certification stream that also occurs in t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +32,7 @@ from offramp.caches import reduction_for
 from offramp.caches.learned import Reduction
 from offramp.errors import StorageError, StreamError
 from offramp.progress import Bar, bar
-from offramp.split import SplitModel
+from offramp.splitting import SplitModel
 from offramp.streams import Batch, read_stream
 from offramp.tasks import Classification
 
@@ -73,7 +75,6 @@ class Recording:
     dropped_duplicates: int
     sample: Batch
     free_augmentations: tuple[str, ...] = ()
-    _files: list[IO[bytes]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.part_N)
@@ -89,6 +90,15 @@ class Recording:
             name: int(np.sum(original & (self.part_N == i))) for i, name in enumerate(("train", "tune", "certify"))
         }
         return parts | {"augmented_copies": int(np.sum(~original)), "dropped_duplicates": self.dropped_duplicates}
+
+    def dealt_again(self, seed: int) -> Recording:
+        """The same recording with its tune and certify rows dealt anew between these two parts; train rows stay."""
+        held_out = self.part_N != TRAIN
+        total = SHARES_CERTIFY_STREAM[TUNE] + SHARES_CERTIFY_STREAM[CERTIFY]
+        shares = [share / total for share in SHARES_CERTIFY_STREAM]
+        part_N = self.part_N.copy()
+        part_N[held_out] = [_part(bytes(key), seed, shares) for key in self.keys_N[held_out]]
+        return dataclasses.replace(self, part_N=part_N)
 
     def fingerprint(self, part: int) -> str:
         """Digest of the set of inputs of a part: the data a certificate rests on."""
@@ -114,8 +124,7 @@ def record(
     Raises StreamError (empty, malformed, broken stream) or StorageError (full disk); both carry what was recorded until
     then as `error.recorded` where that is anything at all.
     """
-    with torch.inference_mode():
-        recorder = _Recorder(split, task, seed, workdir)
+    with torch.inference_mode(), closing(_Recorder(split, task, seed, workdir)) as recorder:
         try:
             shares = SHARES_ONE_STREAM if certify is None else (1.0, 0.0, 0.0)
             recorder.read(stream, shares, "recording", time_limit_s, show=show)
@@ -125,9 +134,8 @@ def record(
         except KeyboardInterrupt:
             raise RecordingInterrupted(recorder.kept_message("interrupted"), recorder.finish()) from None
         except (StreamError, StorageError) as error:
-            kept = recorder.finish()
             raised = type(error)(f"{error} {recorder.kept_message('stopped')}")
-            raised.recorded = kept
+            raised.recorded = recorder.finish() if recorder.rows else None
             raise raised from error
         recording = recorder.finish()
     if not len(recording):
@@ -319,8 +327,12 @@ class _Recorder:
             dropped_duplicates=self.dropped,
             sample=_concatenated(self.sample) if self.sample else self.split.example,
             free_augmentations=self.free_augmentations,
-            _files=list(self.files.values()),
         )
+
+    def close(self) -> None:
+        """Close the files; what `finish` mapped stays readable."""
+        for file in self.files.values():
+            file.close()
 
     def _map(self, name: str) -> NDArray[Any]:
         shape, dtype = self.columns[name]

@@ -34,13 +34,15 @@ from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, train
 from offramp.placement import CacheCosts, plan_path
 from offramp.progress import bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
-from offramp.split import SplitModel, SplitPoint
+from offramp.splitting import SplitModel, SplitPoint
 from offramp.tasks import Classification
 from offramp.types import CostTable, Records
 
-STUDENT_SHARES = (0.035, 0.10)  # of the backbone's FLOPs
-MAX_TRUNKS = 3
-ROUND_SHARES = {"students": 0.62, "pooled": 0.13, "trunks": 0.25}  # of the time for training
+STUDENT_SHARES = (0.04, 0.10)  # of the backbone's FLOPs
+TRUNK_SHARE = 0.015
+MAX_TRUNKS = 2
+MIN_PASSES = 5  # over the training inputs; a second student that cannot have as many leaves its time to the first
+ROUND_SHARES = {"students": 0.68, "pooled": 0.10, "trunks": 0.22}  # of the time for training
 MIN_WIDTH, MAX_WIDTH = 8, 192
 
 
@@ -91,7 +93,7 @@ class Search:
         """All candidates, in the order in which a request meets them. Ends early, with what there is, on `stop`."""
         time_left = None if self.deadline is None else max(1.0, self.deadline - time.monotonic())
         limits = {name: None if time_left is None else share * time_left for name, share in ROUND_SHARES.items()}
-        self._round("students", list(self._students()), limits["students"])
+        self._round("students", self._affordable(list(self._students()), limits["students"]), limits["students"])
         reader = self._reader()
         self._round("pooled", list(self._pooled(reader)), limits["pooled"])
         self._round("trunks", list(self._trunks(reader)), limits["trunks"])
@@ -113,6 +115,15 @@ class Search:
             previous = self._cache(point, shape, previous)
             yield previous
 
+    def _affordable(self, students: list[LearnedCache], limit_s: float | None) -> list[LearnedCache]:
+        """All students, or the first alone where time is too short for each to see its inputs MIN_PASSES times."""
+        if limit_s is None or not students:
+            return students
+        size = max(self.costs.backbone.time_ms)
+        seconds_per_flop = self.costs.backbone.time_ms[size].median_ms / 1000 / size / self.flops
+        needed_s = 3 * seconds_per_flop * sum(map(self._flops, students)) * MIN_PASSES * len(self.train_rows)
+        return students if needed_s <= limit_s else students[:1]
+
     def _pooled(self, reader: Trained | None) -> Iterator[LearnedCache]:
         for point in self.split.points[0 if reader is None else 1 :]:
             if not point.dtype.is_floating_point:
@@ -128,7 +139,7 @@ class Search:
             kind = {3: "conv", 2: "transformer"}.get(len(point.shape))
             if point.position not in wanted or kind is None or not point.dtype.is_floating_point:
                 continue
-            shape = self._widest(point, kind, min(0.03, 0.15 * (1 - point.depth)))
+            shape = self._widest(point, kind, min(TRUNK_SHARE, 0.1 * (1 - point.depth)))
             if shape is not None:
                 yield self._cache(point, shape, None if reader is None else reader.cache)
 
@@ -293,7 +304,8 @@ class Search:
         if cache.shape.kind in ("linear", "mlp"):
             return Recipe(rows=int(np.clip(12 * n, 20_000, 120_000)), batch_size=min(256, max(16, n // 8)))
         most = 320_000 if self._position(cache) == 0 else 120_000
-        return Recipe(rows=int(np.clip(30 * n, 30_000, most)), batch_size=min(128, max(16, n // 8)))
+        rows = int(np.clip(30 * n, 30_000, most))
+        return Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
 
     def _weight(self, cache: LearnedCache) -> float:
         """Share of the training time: by FLOPs, with a floor for what every step costs."""
@@ -328,7 +340,7 @@ class Search:
         return int(self.recording.features[point.position][self.train_rows].max()) + 1
 
     def _flops(self, cache: LearnedCache) -> float:
-        feature = torch.from_numpy(np.ascontiguousarray(self.recording.features[self._position(cache)][:1]))
+        feature = torch.from_numpy(np.array(self.recording.features[self._position(cache)][:1]))
         feature = feature.float() if feature.is_floating_point() else feature.long()
         read = None if cache.reads is None else torch.zeros(1, self.classes)
         training = cache.training

@@ -86,6 +86,8 @@ def _timm_model(name: str) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=True)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"timm could not make {name!r}: {error}") from error
+    except OSError as error:
+        raise _no_weights(f"timm:{name}", error) from error
     return model
 
 
@@ -97,7 +99,16 @@ def _torchvision_model(name: str) -> nn.Module:
         model: nn.Module = torchvision.models.get_model(name, weights="DEFAULT")
     except (ValueError, KeyError) as error:
         raise InputError(f"torchvision has no model {name!r}: {error}") from error
+    except OSError as error:
+        raise _no_weights(f"torchvision:{name}", error) from error
     return model
+
+
+def _no_weights(spec: str, error: OSError) -> InputError:
+    return InputError(
+        f"the weights of {spec} could not be read or downloaded: {error}. Without a connection pass "
+        "`file.py:callable`, a function that loads the model from local files."
+    )
 
 
 def _transformers_model(folder: Path) -> nn.Module:
@@ -114,12 +125,21 @@ def _transformers_model(folder: Path) -> nn.Module:
             f"{config} names the architectures {architectures}; expected one that ends with {' or '.join(kinds)}. "
             "For another kind of model pass `file.py:callable`, a function that loads it."
         )
+    _repair_torchvision()
     try:
         import transformers
     except ImportError as error:
         raise _missing("a transformers folder needs transformers", "hf") from error
     model: nn.Module = getattr(transformers, f"AutoModel{kind}").from_pretrained(folder, local_files_only=True)
     return model
+
+
+def _repair_torchvision() -> None:
+    """transformers imports torchvision where it finds it, and fails with it; without it, it does well."""
+    if importlib.util.find_spec("torchvision") is not None:
+        from offramp.torchvision_shim import import_torchvision
+
+        import_torchvision()
 
 
 def _exported_model(path: Path) -> nn.Module:
@@ -352,6 +372,7 @@ def _text_decoder(options: DataOptions) -> Callable[[Sequence[Any]], dict[str, T
         raise InputError("a text column needs a tokenizer: pass its folder (`--tokenizer FOLDER`)")
     if not Path(options.tokenizer).is_dir():
         raise InputError(f"no such folder: {options.tokenizer}; expected a saved tokenizer")
+    _repair_torchvision()
     try:
         import transformers
     except ImportError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Candidate, oracle_cost, outcomes
 from offramp.recording import CERTIFY, TUNE
 from offramp.search import Search, Trained
-from offramp.types import CostTable, LatencyRatio
+from offramp.types import CostTable, LatencyRatio, version
 
 SAMPLES = 8
 RELIABILITY_BINS = 10
@@ -46,7 +45,7 @@ def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Find
     """The document's parts, JSON throughout; `costs` covers all candidates. tests/test_report.py shows its form."""
     backbone = search.split.backbone
     return {
-        "offramp": importlib.metadata.version("offramp"),
+        "offramp": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "backbone": {
             "name": type(backbone).__name__,
@@ -204,7 +203,7 @@ def _samples(search: Search, cached: CachedModel, found: Findings) -> dict[str, 
 
 
 def _png(image_CHW: NDArray[Any]) -> str:
-    """Base64 of a PNG of the image, stretched to the full range; without Pillow, an uncompressed one by hand."""
+    """Base64 of a PNG of the image, stretched to the full range of brightness."""
     low, high = image_CHW.min(), image_CHW.max()
     pixels = ((image_CHW - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
     pixels = np.repeat(pixels[:1], 3, axis=0) if len(pixels) != 3 else pixels
@@ -212,6 +211,7 @@ def _png(image_CHW: NDArray[Any]) -> str:
 
 
 def _encode_png(pixels_HWC: NDArray[np.uint8]) -> bytes:
+    """By hand: it saves a dependency on an image library."""
     import struct
     import zlib
 

@@ -7,6 +7,7 @@ Nothing here needs torch: the statistical half of the package works on numpy arr
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -17,6 +18,14 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
 BoolArray = NDArray[np.bool_]
+
+
+def version() -> str:
+    """The installed version of offramp; "unknown" when it runs from a source tree."""
+    try:
+        return importlib.metadata.version("offramp")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class PartCost:
 class RoutingCost:
     """Measured time of what lies between stages, at one split point.
 
-    lookup_ms: confidence, comparison and the wait for its result, once per enabled cache.
+    lookup_ms: comparison with the threshold and the wait for its result, once per enabled cache.
     compaction_ms, compaction_row_ms: dropping finished rows from the live values: fixed part and part per kept row.
     """
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.errors import InputError, OfframpError, SplitError
 from offramp.graph import friendly_name
-from offramp.split import SplitModel, fingerprint, prove, split
+from offramp.splitting import SplitModel, fingerprint, prove, split
 from offramp.streams import Batch, as_batch
 from offramp.torchvision_shim import import_torchvision
 

@@ -1,0 +1,203 @@
+"""What the benchmarks share: real data as streams, one case from fit to evaluation, results as JSON.
+
+Each benchmark prints a table and, as its last line on stdout, one JSON document with units in its keys; with `--out`
+the document is also written to a file. Nothing here is part of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from offramp.evaluation import evaluate
+from offramp.fitting import Learned, choose, learn
+from offramp.recording import Recording
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+LEVEL = 0.95
+
+
+class Images:
+    """A re-iterable stream of batches from uint8 images, transformed batch by batch: (inputs, labels), or inputs alone
+    where there are no labels."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Tensor], Tensor], size: int = 100):
+        self.images, self.labels, self.transform, self.size = images, labels, transform, size
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.size)
+
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.images), self.size):
+            rows = slice(start, start + self.size)
+            inputs = self.transform(torch.from_numpy(self.images[rows]))
+            yield (inputs, torch.from_numpy(self.labels[rows])) if len(self.labels) else inputs
+
+    def rows(self, rows: slice) -> Images:
+        return Images(self.images[rows], self.labels[rows], self.transform, self.size)
+
+
+def images(parquet: str, transform: Callable[[Tensor], Tensor], *, side: int, seed: int | None = None) -> Images:
+    """All images of a file under ../shared/data as uint8 NCHW, resized to `side`; shuffled by `seed`."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(SHARED / "data" / parquet)
+    pictures = []
+    for cell in table["image"].to_pylist():
+        picture = Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)).convert("RGB")
+        pictures.append(np.asarray(picture if picture.width == side else picture.resize((side, side), Image.BILINEAR)))
+    labels = np.array(table["label"].to_pylist(), dtype=np.int64)
+    order = np.arange(len(labels)) if seed is None else np.random.default_rng(seed).permutation(len(labels))
+    return Images(np.stack(pictures).transpose(0, 3, 1, 2)[order], labels[order], transform)
+
+
+def zoo() -> ModuleType:
+    """The model definitions in ../shared/models."""
+    spec = importlib.util.spec_from_file_location("zoo", SHARED / "models" / "zoo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(description: str | None, *, records: bool = False) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.005, 0.01, 0.02])
+    parser.add_argument("--time-budget", type=float, default=1150, help="seconds for one fit (default 1150)")
+    parser.add_argument("--latency-budget", type=float, default=10, help="seconds per latency comparison (default 10)")
+    parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
+    if records:
+        parser.add_argument("--records", type=Path, help="keep the records of the first seed in this .npz file")
+    if not SHARED.exists():
+        parser.exit(0, "skipped: the data and models in ../shared are not there\n")
+    return parser.parse_args()
+
+
+def fits(
+    backbone: nn.Module, train: Images, certify: Images, options: argparse.Namespace
+) -> Iterator[tuple[int, Learned]]:
+    """One learned set of caches per seed. The backbone's pass is recorded once and counted in every fit's time."""
+    recorded: Recording | None = None
+    record_s = 0.0
+    for seed in range(options.seeds):
+        started = time.monotonic()
+        stream: Any = train if recorded is None else recorded.dealt_again(seed)
+        learned = learn(
+            backbone,
+            stream,
+            certify=certify if recorded is None else None,
+            time_budget_s=options.time_budget - record_s,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+        if recorded is None:
+            recorded, record_s = learned.search.recording, learned.seconds["record"]
+        learned.seconds["record"] = record_s
+        print(f"seed {seed}: learned in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        yield seed, learned
+
+
+def row(learned: Learned, held_out: Images, tolerance: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Choose at one tolerance, evaluate on images that nothing else has seen, and put all of it in one row."""
+    started = time.monotonic()
+    cached = choose(learned, tolerance=tolerance, confidence_level=LEVEL)
+    chosen_s = time.monotonic() - started
+    result = evaluate(cached, held_out, latency_budget_s=options.latency_budget)
+    report = cached.report()
+    return {
+        "seed": seed,
+        "tolerance": tolerance,
+        "plan": report["plan"],
+        "certificate": {k: report["certificate"][k] for k in ("n", "errors", "bound", "candidates_tested", "advice")},
+        "evaluation": asdict(result),
+        "flops_saved": 1 - result.flops_ratio,
+        "oracle_flops_saved": 1 - result.oracle_flops_ratio,
+        "cache_parameters": sum(part.parameters for part in cached.costs.caches),
+        "cache_bytes": sum(part.parameter_bytes for part in cached.costs.caches),
+        "fit_s": sum(learned.seconds.values()) + chosen_s,
+        "seconds": report["fit"]["seconds"],
+        "inputs": report["fit"]["inputs"],
+        "candidates": [
+            {k: cache[k] for k in ("name", "enabled", "agreement", "auroc", "flops_share", "bytes", "training")}
+            for cache in report["caches"]
+        ],
+    }
+
+
+def document(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """The rows with what is needed to read them: hardware, versions, date, commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "benchmark": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "rows": rows,
+    }
+
+
+def finish(result: dict[str, Any], out: Path | None) -> None:
+    """Write the document where asked, and as the last line on stdout."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of rows, as docs/results.md shows them."""
+    head = (
+        "| seed | tolerance | certified (errors / n, bound) | measured disagreement [95 % interval] | FLOPs saved | "
+        "oracle | batch 1 time: mean, p50, p95 | batch 32 mean | accuracy cached / full | leave at | caches KiB | fit s |"
+    )
+    lines = [head, "|" + "---|" * 12]
+    for item in rows:
+        result, certificate = item["evaluation"], item["certificate"]
+        at = {ratio["batch_size"]: ratio for ratio in result["latency"]}
+        left = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["hit_rates"].items())
+        low, high = (100 * edge for edge in result["interval"])
+        lines.append(
+            f"| {item['seed']} | {100 * item['tolerance']:g} % | {certificate['errors']} / {certificate['n']}, "
+            f"{100 * certificate['bound']:.2f} % | {100 * result['disagreement']:.2f} % [{low:.2f}, {high:.2f}] | "
+            f"{100 * item['flops_saved']:.1f} % | {100 * item['oracle_flops_saved']:.1f} % | "
+            f"{at[1]['mean']:.2f}, {at[1]['p50']:.2f}, {at[1]['p95']:.2f} | {at[32]['mean']:.2f} | "
+            f"{_percent(result['accuracy'])} / {_percent(result['backbone_accuracy'])} | {left} | "
+            f"{item['cache_bytes'] / 1024:.0f} | {item['fit_s']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

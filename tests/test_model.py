@@ -1,0 +1,664 @@
+"""The cached model: exact on a miss, right rows in the right order, closed whenever something fails."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp.caches import CacheShape, LearnedCache, reduction_for
+from offramp.errors import InputError
+from offramp.model import BACKBONE, CachedModel, Prediction
+from offramp.splitting import SplitModel, SplitPoint, split
+from offramp.streams import Batch
+from offramp.tasks import Classification
+from offramp.types import Certificate, CostTable, PartCost, Plan, PlannedCache, RoutingCost, Timing
+
+NEVER = 2.0  # a threshold that no confidence reaches
+ALWAYS = 0.0
+OPEN = Certificate(0.01, 0.95, 100, 0, 0.01, "by hand", 1, "", "", "2026-01-01")
+
+
+# --- making cached models by hand -----------------------------------------------------------------
+
+
+class FixedCache(LearnedCache):
+    """Says what it is told: logits and confidence by functions of the activation."""
+
+    def __init__(
+        self,
+        point: SplitPoint,
+        classes: int,
+        logits: Callable[[Tensor], Tensor],
+        confidence: Callable[[Tensor], Tensor],
+        name: str = "",
+    ) -> None:
+        super().__init__(
+            name or f"{point.name}/fixed",
+            point.name,
+            CacheShape("linear"),
+            point.shape,
+            classes,
+            reduction=reduction_for(point.shape, is_input=point.position == 0),
+        )
+        self.say, self.sure = logits, confidence
+        self.calls: list[int] = []
+
+    def forward(self, activation: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        del read_BC
+        self.calls.append(len(activation))
+        self.seen = activation
+        return self.say(activation)
+
+    def confidence(self, logits_BC: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        del logits_BC, read_BC
+        return self.sure(self.seen)
+
+
+def learned(
+    point: SplitPoint, classes: int, kind: Any = "linear", reads: LearnedCache | None = None, **more: Any
+) -> LearnedCache:
+    """A cache with random weights large enough that its confidences differ."""
+    cache = LearnedCache(
+        f"{point.name}/{kind}",
+        point.name,
+        CacheShape(kind, 8),
+        point.shape,
+        classes,
+        reduction=reduction_for(point.shape, is_input=point.position == 0),
+        reads=None if reads is None else reads.name,
+        **more,
+    )
+    nn.init.normal_(cache.head.weight, std=0.7)
+    return cache.eval()
+
+
+def part(name: str, ms: float) -> PartCost:
+    times = {size: Timing(ms * size, ms * size, ms * size) for size in (1, 8, 32)}
+    return PartCost(name, 100.0, 10, 40, times)
+
+
+def costs(stages: int, *, compaction: bool) -> CostTable:
+    """Every row saved pays at once, or dropping rows never pays."""
+    routing = RoutingCost(0.0, 0.0 if compaction else 1e9, 0.0)
+    parts = tuple(part(f"s{k}", 1.0) for k in range(stages))
+    return CostTable("cpu", 1, part(BACKBONE, float(stages)), parts, (routing,) * stages)
+
+
+def cached_model(
+    split_model: SplitModel,
+    caches: Sequence[LearnedCache] = (),
+    thresholds: Sequence[float] = (),
+    *,
+    compaction: bool = True,
+    bypass: tuple[int, ...] = (),
+) -> CachedModel:
+    planned = tuple(
+        PlannedCache(cache.name, cache.point, threshold, cache.confidence_name, 0.1)
+        for cache, threshold in zip(caches, thresholds, strict=True)
+    )
+    table = costs(len(split_model.stages), compaction=compaction)
+    plan = Plan(planned, bypass_batch_sizes=bypass)
+    return CachedModel(split_model, caches, plan, OPEN, table, task=Classification(), summary={})
+
+
+def images(rows: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def cnn() -> SplitModel:
+    torch.manual_seed(0)
+    return split(models.ResidualNet().eval(), images(4))
+
+
+@pytest.fixture(scope="module")
+def three(cnn: SplitModel) -> list[LearnedCache]:
+    """Caches at the input, in the middle and at the last point; the later two read the first one's logits."""
+    torch.manual_seed(1)
+    first = learned(cnn.points[0], 5, "student")
+    middle, last = cnn.points[2], cnn.points[-1]
+    return [first, learned(middle, 5, "mlp", first), learned(last, 5, "linear", first)]
+
+
+def say_class(number: int, classes: int = 5) -> Callable[[Tensor], Tensor]:
+    """Logits that always name one class, and that the backbone would never give."""
+    return lambda x: torch.nn.functional.one_hot(torch.full((len(x),), number), classes) * 1000.0
+
+
+def constant(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.full((len(x),), value)
+
+
+def thresholds_at(split_model: SplitModel, caches: Sequence[LearnedCache], shares: Sequence[float]) -> list[float]:
+    """Thresholds that about these shares of random images reach, cache by cache."""
+    live = split_model.flatten(Batch((images(64, 9),)))
+    said: dict[str, Tensor] = {}
+    found = []
+    for position, stage in enumerate(split_model.stages):
+        for cache, share in zip(caches, shares, strict=True):
+            if cache.point == split_model.points[position].name:
+                read = None if cache.reads is None else said[cache.reads]
+                said[cache.name] = cache(split_model.activation(position, live), read)
+                found.append(float(cache.confidence(said[cache.name], read).quantile(1 - share)))
+        live = stage(*live)
+    return found
+
+
+def plain(cached: CachedModel, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        answer: Tensor = cached.split_model.backbone(x)
+    return answer
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+class Counting:
+    """Counts the rows that every stage of a split model is called with."""
+
+    def __init__(self, split_model: SplitModel) -> None:
+        self.rows: list[list[int]] = [[] for _ in split_model.stages]
+        self.handles = [
+            stage.register_forward_pre_hook(lambda _module, args, at=at: self.rows[at].append(len(args[0])))
+            for at, stage in enumerate(split_model.stages)
+        ]
+
+    def __enter__(self) -> list[list[int]]:
+        return self.rows
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+# --- exact ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_without_hits_the_answers_are_the_backbones(cnn: SplitModel, three: list[LearnedCache], rows: int) -> None:
+    cached = cached_model(cnn, three, [NEVER] * 3)
+    prediction = cached.predict(images(rows))
+    close(prediction.output, plain(cached, images(rows)))
+    assert prediction.left_at_B.tolist() == [3] * rows
+    assert prediction.confidence_B.tolist() == [1.0] * rows
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_is_answered_as_its_rows_are(
+    cnn: SplitModel, three: list[LearnedCache], seed: int, *, compaction: bool
+) -> None:
+    shares = (0.5 * torch.rand(3, generator=torch.Generator().manual_seed(seed))).tolist()
+    thresholds = thresholds_at(cnn, three, shares)
+    cached = cached_model(cnn, three, thresholds, compaction=compaction)
+    left: set[int] = set()
+    for rows in (2, 5, 16):
+        x = images(rows, seed)
+        whole = cached.predict(x)
+        single = [cached.predict(x[row : row + 1]) for row in range(rows)]
+        close(whole.output, torch.cat([one.output for one in single]))
+        close(whole.confidence_B, torch.cat([one.confidence_B for one in single]))
+        assert torch.equal(whole.left_at_B, torch.cat([one.left_at_B for one in single]))
+        close(cached(x), whole.output)
+        left |= set(whole.left_at_B.tolist())
+    assert len(left) > 1, "the thresholds should part the rows, or the test shows nothing"
+
+
+def test_compaction_changes_no_answer(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    x = images(20)
+    thresholds = thresholds_at(cnn, three, [0.3, 0.4, 0.5])
+    on, off = (cached_model(cnn, three, thresholds, compaction=flag).predict(x) for flag in (True, False))
+    assert len(on.left_at_B.unique()) == 4
+    close(on.output, off.output)
+    assert torch.equal(on.left_at_B, off.left_at_B)
+
+
+def test_rows_that_leave_get_the_caches_logits_and_the_others_the_backbones(
+    cnn: SplitModel, three: list[LearnedCache]
+) -> None:
+    x = images(24)
+    cached = cached_model(cnn, three[:1], thresholds_at(cnn, three[:1], [0.5]))
+    prediction = cached.predict(x)
+    hit = prediction.left_at_B == 0
+    assert 0 < int(hit.sum()) < len(x)
+    with torch.no_grad():
+        logits = three[0](x)
+    close(prediction.output[hit], logits[hit])
+    close(prediction.confidence_B[hit], three[0].confidence(logits)[hit])
+    close(prediction.output[~hit], plain(cached, x)[~hit])
+    assert torch.equal(prediction.answer_B, prediction.output.argmax(1))
+
+
+def test_a_threshold_is_met_when_it_is_equalled(cnn: SplitModel) -> None:
+    cache = FixedCache(cnn.points[0], 5, say_class(3), constant(0.5))
+    assert cached_model(cnn, [cache], [0.5]).predict(images(3)).left_at_B.tolist() == [0, 0, 0]
+
+
+# --- what is not needed is not run ----------------------------------------------------------------
+
+
+def test_no_stage_runs_when_the_first_cache_answers_all(cnn: SplitModel) -> None:
+    later = FixedCache(cnn.points[2], 5, say_class(1), constant(1.0))
+    cached = cached_model(cnn, [FixedCache(cnn.points[0], 5, say_class(3), constant(1.0)), later], [ALWAYS] * 2)
+    with Counting(cnn) as rows:
+        assert cached(images(6)).argmax(1).tolist() == [3] * 6
+    assert rows == [[]] * len(cnn.stages)
+    assert later.calls == []
+
+
+def test_stages_behind_the_last_row_do_not_run(cnn: SplitModel) -> None:
+    cached = cached_model(cnn, [FixedCache(cnn.points[2], 5, say_class(3), constant(1.0))], [ALWAYS])
+    with Counting(cnn) as rows:
+        cached(images(6))
+    assert rows == [[6], [6]] + [[]] * (len(cnn.stages) - 2)
+
+
+def first_rows_sure(x: Tensor) -> Tensor:
+    """Sure of rows whose mean is above 0."""
+    return (x.flatten(1).mean(1) > 0).float()
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+def test_later_stages_and_caches_see_only_the_missing_rows(cnn: SplitModel, *, compaction: bool) -> None:
+    x = torch.ones(8, 3, 16, 16) * torch.tensor([1.0, -1, -1, 1, 1, -1, 1, 1]).view(-1, 1, 1, 1)
+    caches = [
+        FixedCache(cnn.points[0], 5, say_class(3), first_rows_sure),
+        FixedCache(cnn.points[1], 5, say_class(4), constant(0.0)),
+    ]
+    cached = cached_model(cnn, caches, [0.5, 0.5], compaction=compaction)
+    with Counting(cnn) as rows:
+        prediction = cached.predict(x)
+    seen = 3 if compaction else 8
+    assert rows == [[seen]] * len(cnn.stages)
+    assert caches[1].calls == [seen]
+    assert prediction.left_at_B.tolist() == [0, 2, 2, 0, 0, 2, 0, 0]
+    close(prediction.output[[1, 2, 5]], plain(cached, x)[[1, 2, 5]])
+
+
+def test_a_row_once_answered_is_not_answered_again(cnn: SplitModel) -> None:
+    x = torch.cat([torch.ones(2, 3, 16, 16), -torch.ones(2, 3, 16, 16)])
+    caches = [
+        FixedCache(cnn.points[0], 5, say_class(3), first_rows_sure),
+        FixedCache(cnn.points[1], 5, say_class(4), constant(1.0)),
+    ]
+    prediction = cached_model(cnn, caches, [0.5, 0.5], compaction=False).predict(x)
+    assert prediction.left_at_B.tolist() == [0, 0, 1, 1]
+    assert prediction.answer_B.tolist() == [3, 3, 4, 4]
+
+
+def test_two_caches_at_one_point(cnn: SplitModel) -> None:
+    x = torch.cat([torch.ones(2, 3, 16, 16), -torch.ones(2, 3, 16, 16)])
+    caches = [
+        FixedCache(cnn.points[0], 5, say_class(3), first_rows_sure, "one"),
+        FixedCache(cnn.points[0], 5, say_class(4), lambda a: 1 - first_rows_sure(a), "two"),
+    ]
+    for compaction in (True, False):
+        caches[1].calls.clear()
+        prediction = cached_model(cnn, caches, [0.5, 0.5], compaction=compaction).predict(x)
+        assert prediction.answer_B.tolist() == [3, 3, 4, 4]
+        assert caches[1].calls == [2 if compaction else 4]
+
+
+# --- what goes in and what comes out --------------------------------------------------------------
+
+
+def test_empty_batch(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    for cached in (cached_model(cnn, three, [0.5] * 3), cached_model(cnn), cached_model(cnn, three, [0.5] * 3, bypass=(1,))):
+        assert cached(images(4)[:0]).shape == (0, 5)
+        prediction = cached.predict(images(4)[:0])
+        assert (len(prediction.answer_B), len(prediction.left_at_B), len(prediction.confidence_B)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: torch.stack([x, x], dim=-1)[..., 0],
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    ],
+    ids=["channels-last", "strided", "transposed"],
+)
+def test_memory_layout_does_not_matter(
+    cnn: SplitModel, three: list[LearnedCache], form: Callable[[Tensor], Tensor]
+) -> None:
+    cached = cached_model(cnn, three, thresholds_at(cnn, three, [0.3] * 3))
+    x = images(9)
+    one, other = cached.predict(x), cached.predict(form(x))
+    close(one.output, other.output)
+    assert torch.equal(one.left_at_B, other.left_at_B)
+
+
+def test_under_inference_mode_and_with_gradients_on(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    cached = cached_model(cnn, three, [0.7] * 3)
+    x = images(5)
+    expected = cached(x)
+    with torch.inference_mode():
+        close(cached(x), expected)
+    with torch.enable_grad():
+        assert not cached(x.clone().requires_grad_()).requires_grad
+    assert not expected.requires_grad
+
+
+def in_a_tuple(logits: Tensor, _features: Tensor) -> object:
+    return (logits,)
+
+
+def in_a_dict(logits: Tensor, _features: Tensor) -> object:
+    return {"logits": logits, "loss": None}
+
+
+def bare(logits: Tensor, _features: Tensor) -> object:
+    return logits
+
+
+@pytest.mark.parametrize("form", [bare, in_a_tuple, in_a_dict])
+@pytest.mark.parametrize("threshold", [ALWAYS, NEVER])
+def test_the_output_has_the_backbones_type(form: Callable[[Tensor, Tensor], object], threshold: float) -> None:
+    torch.manual_seed(0)
+    backbone = models.Wrapped(form).eval()
+    x = torch.randn(5, 6)
+    split_model = split(backbone, x)
+    cached = cached_model(split_model, [learned(split_model.points[0], 3)], [threshold])
+    output, expected = cached(x), backbone(x)
+    assert type(output) is type(expected)
+    leaves = torch.utils._pytree.tree_leaves(output)
+    assert [type(leaf) for leaf in leaves] == [type(leaf) for leaf in torch.utils._pytree.tree_leaves(expected)]
+    if threshold == NEVER:
+        torch.testing.assert_close(output, expected)
+
+
+def test_a_model_of_transformers_keeps_its_output_type() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `hf`)")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    backbone = transformers.BertForSequenceClassification(config).eval()
+    inputs = {"input_ids": torch.randint(1, 40, (6, 7)), "attention_mask": torch.ones(6, 7, dtype=torch.long)}
+    inputs["attention_mask"][::2, 4:] = 0
+    split_model = split(backbone, inputs)
+    middle = split_model.points[1]
+    for threshold in (NEVER, 0.5):
+        cached = cached_model(split_model, [learned(middle, 3, "mlp")], [threshold])
+        output = cached(**inputs, token_type_ids=None)
+        with torch.no_grad():
+            expected = backbone(**inputs)
+        assert type(output) is type(expected)
+        miss = cached.predict(**inputs).left_at_B == 1
+        assert bool(miss.all()) == (threshold == NEVER)
+        close(output.logits[miss], expected.logits[miss])
+
+
+def test_half_precision_backbone_gets_answers_of_its_own_type() -> None:
+    torch.manual_seed(0)
+    backbone = models.mlp().to(torch.bfloat16).eval()
+    x = torch.randn(6, 6).bfloat16()
+    split_model = split(backbone, x)
+    cached = cached_model(split_model, [learned(split_model.points[0], 3)], [0.6])
+    prediction = cached.predict(x)
+    assert prediction.output.dtype == torch.bfloat16
+    assert prediction.confidence_B.dtype == torch.float32
+
+
+def test_several_inputs_by_position_or_by_name() -> None:
+    torch.manual_seed(0)
+    ids, mask = torch.randint(0, 50, (6, 9)), torch.ones(6, 9, dtype=torch.long)
+    mask[::2, 5:] = 0
+    split_model = split(models.MaskedEncoder().eval(), (ids, mask))
+    cache = learned(split_model.points[2], 4, "mlp")
+    cached = cached_model(split_model, [cache], [0.6])
+    expected = cached.predict(ids, mask)
+    for other in (cached.predict(ids, attention_mask=mask), cached.predict(attention_mask=mask, input_ids=ids)):
+        close(other.output, expected.output)
+        assert torch.equal(other.left_at_B, expected.left_at_B)
+
+
+# --- mistakes of the caller -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "called with tensors"),
+        (([1.0, 2.0],), "called with tensors.*list"),
+        ((torch.zeros(2, 3, 8, 8),), r"`x` has shape \(2, 3, 8, 8\).*expected"),
+        ((torch.zeros(2, 3, 16, 16, dtype=torch.float64),), "float64.*expected"),
+        ((torch.tensor(1.0),), r"share their first dimension.*\(\)"),
+        ((torch.zeros(2, 3, 16, 16), torch.zeros(2)), "cannot be called with 2 positional"),
+        ((torch.zeros(2, 3, 16, 16), torch.zeros(3)), "share their first dimension"),
+    ],
+)
+@pytest.mark.parametrize("bypass", [(), (1, 8, 32)], ids=["caches", "bypass"])
+def test_wrong_input_is_explained(
+    cnn: SplitModel, three: list[LearnedCache], arguments: tuple[Any, ...], message: str, bypass: tuple[int, ...]
+) -> None:
+    cached = cached_model(cnn, three, [0.7] * 3, bypass=bypass)
+    for call in (cached, cached.predict):
+        with pytest.raises(InputError, match=message):
+            call(*arguments)
+
+
+def test_there_is_no_train_mode(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    cached = cached_model(cnn, three, [0.7] * 3)
+    with pytest.raises(InputError, match="no train mode"):
+        cached.train()
+    assert cached.eval() is cached
+    assert not any(module.training for module in cached.modules())
+
+
+def test_caches_that_do_not_fit_the_plan_or_the_backbone_are_refused(
+    cnn: SplitModel, three: list[LearnedCache]
+) -> None:
+    cached = cached_model(cnn, three, [0.7] * 3)
+    table, task = cached.costs, Classification()
+    with pytest.raises(InputError, match="not those of the plan"):
+        CachedModel(cnn, three[:1], cached.plan, OPEN, table, task=task, summary={})
+    elsewhere = copy.deepcopy(three[0])
+    elsewhere.point = "nowhere"
+    with pytest.raises(InputError, match="sits at split point 'nowhere'"):
+        cached_model(cnn, [elsewhere], [0.7])
+    with pytest.raises(InputError, match="met after it"):
+        cached_model(cnn, [three[1], three[0]], [0.7, 0.7])
+
+
+def test_an_output_that_is_no_classification_is_refused() -> None:
+    split_model = split(models.Wrapped(lambda logits, features: (logits, features)).eval(), torch.randn(4, 6))
+    with pytest.raises(InputError, match="returns only its logits"):
+        cached_model(split_model)
+
+
+# --- fail closed ----------------------------------------------------------------------------------
+
+
+def fails(_x: Tensor) -> Tensor:
+    raise RuntimeError("broken cache")
+
+
+BROKEN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "raises": (fails, constant(1.0)),
+    "raises in confidence": (say_class(0), fails),
+    "one row for all": (lambda x: torch.zeros(1, 5), lambda x: torch.ones(1)),
+    "too few classes": (lambda x: torch.zeros(len(x), 4), constant(1.0)),
+    "one class too many": (say_class(0, 6), constant(1.0)),
+    "too few rows": (lambda x: torch.zeros(len(x) - 1, 5), lambda x: torch.ones(len(x) - 1)),
+    "confidence per class": (say_class(0), lambda x: torch.ones(len(x), 5)),
+    "one confidence": (say_class(0), lambda x: torch.tensor(1.0)),
+    "no tensor": (lambda x: None, constant(1.0)),  # type: ignore[arg-type, return-value]
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_cache_is_a_miss_and_ends_caching(
+    cnn: SplitModel, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    logits, confidence = BROKEN[kind]
+    broken = FixedCache(cnn.points[1], 5, logits, confidence)
+    later = FixedCache(cnn.points[2], 5, say_class(1), constant(1.0))
+    cached = cached_model(cnn, [broken, later], [0.5, 0.5])
+    x = images(6)
+    with caplog.at_level(logging.ERROR, logger="offramp"):
+        for _ in range(3):
+            prediction = cached.predict(x)
+            close(prediction.output, plain(cached, x))
+            assert prediction.left_at_B.tolist() == [2] * 6
+            close(cached(x), plain(cached, x))
+    assert [record.message for record in caplog.records] == [
+        f"cache {broken.name} failed; it and all later caches are switched off"
+    ]
+    assert later.calls == []
+
+
+def test_caches_before_a_broken_one_go_on(cnn: SplitModel, caplog: pytest.LogCaptureFixture) -> None:
+    good = FixedCache(cnn.points[0], 5, say_class(3), first_rows_sure)
+    cached = cached_model(cnn, [good, FixedCache(cnn.points[1], 5, fails, fails)], [0.5, 0.5])
+    x = torch.cat([torch.ones(2, 3, 16, 16), -torch.ones(2, 3, 16, 16)])
+    with caplog.at_level(logging.CRITICAL, logger="offramp"):
+        for _ in range(2):
+            assert cached.predict(x).left_at_B.tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+def test_nan_is_a_miss_also_for_the_caches_behind(cnn: SplitModel, *, compaction: bool) -> None:
+    x = images(6)
+
+    def nan_for_some(a: Tensor) -> Tensor:
+        return torch.tensor([1.0, torch.nan, 0.0, torch.nan, 1.0, 0.0])[: len(a)]
+
+    caches = [
+        FixedCache(cnn.points[0], 5, say_class(3), nan_for_some),
+        FixedCache(cnn.points[2], 5, say_class(4), constant(1.0)),
+    ]
+    prediction = (cached := cached_model(cnn, caches, [0.5, 0.5], compaction=compaction)).predict(x)
+    assert prediction.left_at_B.tolist() == [0, 2, 1, 2, 0, 1]
+    close(prediction.output[[1, 3]], plain(cached, x)[[1, 3]])
+    assert not prediction.confidence_B.isnan().any()
+
+
+def test_weights_that_became_nan_are_a_miss(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    caches = copy.deepcopy(three)
+    with torch.no_grad():
+        caches[0].head.weight.fill_(torch.nan)
+    cached = cached_model(cnn, caches, [ALWAYS] * 3)
+    prediction = cached.predict(images(7))
+    assert prediction.left_at_B.tolist() == [3] * 7
+    close(prediction.output, plain(cached, images(7)))
+
+
+# --- caches that read -----------------------------------------------------------------------------
+
+
+class Listening(FixedCache):
+    """Keeps the logits that it was given to read."""
+
+    heard: Tensor | None = None
+
+    def forward(self, activation: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        self.heard = read_BC
+        return super().forward(activation)
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+def test_a_cache_reads_the_logits_of_its_own_rows(cnn: SplitModel, *, compaction: bool) -> None:
+    x = torch.tensor([1.0, -1, -2, 2, -3]).view(-1, 1, 1, 1).expand(5, 3, 16, 16)
+    said = x[:, 0, 0, :5].clone()
+    first = FixedCache(cnn.points[0], 5, lambda a: a[:, 0, 0, :5], first_rows_sure)
+    second = Listening(cnn.points[3], 5, say_class(1), constant(0.0))
+    second.reads = first.name
+    cached_model(cnn, [first, second], [0.5, 0.5], compaction=compaction)(x)
+    assert second.heard is not None
+    assert torch.equal(second.heard, said[[1, 2, 4]] if compaction else said)
+
+
+# --- the backbone stays as it was -----------------------------------------------------------------
+
+
+def test_the_backbone_is_untouched(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    torch.manual_seed(0)
+    backbone = models.ResidualNet().eval()
+    backbone.layers[0].train()  # a mode of the user's own making
+    backbone.layers[0].eval()
+    handle = backbone.register_forward_hook(lambda *_: None)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    modes = [module.training for module in backbone.modules()]
+    split_model = split(backbone, images(4))
+    cached = cached_model(split_model, copy.deepcopy(three), [0.6] * 3, bypass=(32,))
+    for rows in (1, 6, 32, 0):
+        cached(images(rows))
+        cached.predict(images(rows))
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in backbone.parameters())
+    assert [module.training for module in backbone.modules()] == modes
+    assert list(backbone._forward_hooks) == [handle.id]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in list(backbone.modules())[1:])
+    assert not set(map(id, cached.parameters())) & set(map(id, backbone.parameters())), "the caches' only"
+    assert all(name.startswith("caches.") for name in cached.state_dict())
+
+
+# --- bypass ---------------------------------------------------------------------------------------
+
+
+def test_batch_sizes_that_do_not_pay_run_the_backbone_alone(cnn: SplitModel) -> None:
+    cache = FixedCache(cnn.points[0], 5, say_class(3), constant(1.0))
+    cached = cached_model(cnn, [cache], [0.5], bypass=(8,))
+    answered = {rows: cached.predict(images(rows)).left_at_B.tolist() == [0] * rows for rows in (1, 4, 6, 8, 19, 25, 50)}
+    assert answered == {1: True, 4: True, 6: False, 8: False, 19: False, 25: True, 50: True}
+    assert cached.bypasses(8)
+    assert not cached.bypasses(32)
+    with Counting(cnn) as rows:
+        torch.testing.assert_close(cached(images(8)), plain(cached, images(8)), rtol=0, atol=0)
+    assert rows == [[]] * len(cnn.stages), "the backbone itself runs, not its stages"
+    assert cache.calls == [1, 4, 25, 50]
+
+
+def test_a_plan_without_caches_is_the_backbone(cnn: SplitModel) -> None:
+    cached = cached_model(cnn)
+    x = images(5)
+    assert torch.equal(cached(x), plain(cached, x))
+    prediction = cached.predict(x)
+    assert cached.exits == (BACKBONE,)
+    assert prediction.left_at_B.tolist() == [0] * 5
+    close(prediction.output, plain(cached, x))
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def test_concurrent_calls_get_their_own_answers(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    cached = cached_model(cnn, three, thresholds_at(cnn, three, [0.3] * 3))
+    inputs = [images(1 + seed % 5, seed) for seed in range(40)]
+    expected = [cached.predict(x) for x in inputs]
+
+    def ask(x: Tensor) -> Prediction:
+        return cached.predict(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, inputs))
+    for one, other in zip(answers, expected, strict=True):
+        assert torch.equal(one.output, other.output)
+        assert torch.equal(one.left_at_B, other.left_at_B)
+
+
+def test_report_holds_the_summary_the_plan_and_the_certificate(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    made = cached_model(cnn, three, [0.7] * 3)
+    cached = CachedModel(
+        cnn, three, replace(made.plan, reason="why"), OPEN, made.costs, task=Classification(), summary={"offramp": "1"}
+    )
+    report = cached.report()
+    assert (report["offramp"], report["plan"]["reason"]) == ("1", "why")
+    assert Certificate.from_json(report["certificate"]) == OPEN
+    assert Plan.from_json(report["plan"]) == cached.plan
+
+
+def test_rows_of_the_example_are_answered(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    example: Batch = cnn.example
+    assert cached_model(cnn, three, [0.7] * 3)(*example.args).shape == (len(example), 5)
