@@ -4,8 +4,8 @@ The remaining 2,500 test images, which nothing else has seen, are evaluated on. 
 
     python benchmarks/cifar10.py --out benchmarks/results/cifar10.json
 
-With `--records FILE`, what the first seed's caches said about the 5,000 tune and certify images is kept as .npz: the real
-records of tests/test_guarantee.py.
+With `--records FILE`, what the first seed's caches said about the 5,000 tune and certify images is kept as .npz: the
+real records of tests/test_guarantee.py.
 """
 
 from __future__ import annotations

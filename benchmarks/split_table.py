@@ -1,6 +1,6 @@
 """Which backbones are split, where, how and how fast: one row per family, each proved on fresh inputs.
 
-    python benchmarks/split_table.py [family ...]
+    python benchmarks/split_table.py [family ...] [--out benchmarks/results/split_table.json]
 
 A family whose extra is not installed is skipped with the reason; one that fails is a row with the reason. The last line
 on stdout is one JSON document.
@@ -8,9 +8,9 @@ on stdout is one JSON document.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
-import json
 import sys
 import tempfile
 import time
@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import common
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +59,7 @@ class Skipped(Exception):
     """The family needs something that is not here."""
 
 
-def main(only: list[str]) -> None:
+def main(only: list[str], out: Path | None) -> None:
     console = Console(stderr=False, width=150)
     table = Table("family", "points", "method", "proved", "seconds", "names, or the reason")
     rows = []
@@ -70,7 +71,8 @@ def main(only: list[str]) -> None:
             proved = {"ok": "yes", "skipped": "-"}.get(row.status, "no")
             table.add_row(family, str(row.points), row.method, proved, f"{row.split_seconds:.1f}", shown[:240])
     console.print(table)
-    print(json.dumps({"torch": torch.__version__, "rows": [asdict(row) for row in rows]}))
+    options = argparse.Namespace(families=only)
+    common.finish(common.document("Split points found", [asdict(row) for row in rows], options), out)
 
 
 def examine(family: str, make: Callable[[], Made]) -> Row:
@@ -240,4 +242,8 @@ def exported() -> Made:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="*")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    main(chosen.family, chosen.out)

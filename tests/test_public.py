@@ -45,7 +45,7 @@ def test_every_public_name_is_documented() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'cache'; it has .*CachedModel.*split"):
+    with pytest.raises(AttributeError, match=r"no attribute 'cache'; it has .*CachedModel.*split"):
         _ = offramp.cache  # type: ignore[attr-defined]
 
 

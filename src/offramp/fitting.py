@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
+from offramp.behaviour import check_mode
 from offramp.calibration import Verdict, check_levels, inputs_needed
 from offramp.calibration import certify as certify_path
 from offramp.cost import measure, measure_caches, shares
 from offramp.distillation import graceful_stop
-from offramp.errors import InputError, StreamError
+from offramp.errors import InputError, StorageError, StreamError
 from offramp.evaluation import compare_latency
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Candidate, outcomes, plan_path
-from offramp.recording import CERTIFY, SHARES_CERTIFY_STREAM, SHARES_ONE_STREAM, TUNE, Recording, record
+from offramp.recording import (
+    CERTIFY,
+    SHARES_CERTIFY_STREAM,
+    SHARES_ONE_STREAM,
+    TUNE,
+    Recording,
+    RecordingInterrupted,
+    record,
+)
 from offramp.search import Search, Trained
-from offramp.splitting import SplitModel, split
-from offramp.streams import Batch, as_batch
+from offramp.splitting import split
+from offramp.streams import Batch, check_stream, read_stream
 from offramp.summary import Findings, summarise
-from offramp.tasks import Classification, task_named
+from offramp.tasks import task_named
 from offramp.types import Certificate, CostTable, LatencyRatio, Plan, PlannedCache, Records
 
 METHODS = ("offramp",)
@@ -37,11 +48,15 @@ PATH_REACH = 3.0  # the path of plans goes on to this multiple of the tolerance
 WEIGHT_FLOPS = 0.5  # a plan's cost is half measured time and half FLOPs, which carry over to other machines
 CLOSING_SHARE = 0.08  # of a time budget, kept back for costs and certification
 BATCH_SIZES = (1, 8, 32)
+RECORDING_SHARE = 0.45  # of a time budget, the most that recording takes
+# Seconds for measuring stages, caches and, per batch size, the finished model; and their most as a share of a budget.
+STAGES_S, CACHES_S, LATENCY_S = 20.0, 10.0, 3.0
+STAGES_SHARE, CACHES_SHARE, LATENCY_SHARE = 0.10, 0.05, 0.01
 
 
 def fit(
     backbone: nn.Module,
-    stream: Iterable[object],
+    stream: Iterable[object] | Recording,
     *,
     certify: Iterable[object] | None = None,
     tolerance: float = 0.01,
@@ -65,7 +80,8 @@ def fit(
     recorded and trained until the fit is complete: call again to resume. The first Ctrl-C while caches are trained ends
     the training and goes on with what was learned.
 
-    Raises InputError, SplitError, StreamError or StorageError; the backbone is left as it was.
+    Raises InputError, SplitError, StreamError or StorageError; the last two, and the KeyboardInterrupt of a Ctrl-C that
+    stops the fit, have as `recorded` what was recorded until then. The backbone is left as it was.
     """
     check_levels(tolerance, confidence_level)
     learned = learn(
@@ -103,7 +119,7 @@ class Learned:
 
 def learn(
     backbone: nn.Module,
-    stream: Iterable[object],
+    stream: Iterable[object] | Recording,
     *,
     certify: Iterable[object] | None = None,
     tolerance: float = 0.01,
@@ -119,20 +135,33 @@ def learn(
     """Everything in `fit` before the choice: split, record, train, measure. Arguments and errors as there."""
     started = time.monotonic()
     chosen_task = task_named(task)
-    _check_arguments(method, time_budget_s)
-    if device is not None:
-        _check_device(backbone, torch.device(device))
+    check_levels(tolerance, confidence_level)
+    _check_arguments(method, time_budget_s, seed)
+    _check_backbone(backbone, device)
+    for given in (stream, certify):
+        if given is not None and not isinstance(given, Recording):
+            check_stream(given)
     folder = None if workdir is None else Path(workdir)
     clock = _Clock()
     example, stream = _example(backbone, stream)
     split_model = split(backbone, example.to(_device_of(backbone)))
     clock.lap("split")
-    costs = measure(split_model, batch_sizes=BATCH_SIZES)
+    costs = measure(split_model, batch_sizes=BATCH_SIZES, budget_s=_within(STAGES_S, time_budget_s, STAGES_SHARE))
+    _check_countable(costs)
     clock.lap("measure")
-    recording = _record(split_model, chosen_task, stream, certify, seed, folder, time_budget_s, show=progress)
+    recording = record(
+        split_model,
+        chosen_task,
+        stream,
+        certify,
+        seed=seed,
+        workdir=folder,
+        time_limit_s=None if time_budget_s is None else time_budget_s * RECORDING_SHARE,
+        show=progress,
+    )
     clock.lap("record")
-    _check_enough(recording, tolerance, confidence_level, separate=certify is not None)
-    with graceful_stop() as stop:
+    _check_enough(recording, tolerance, confidence_level)
+    with _keeping(recording), _seeded(seed, split_model.device), graceful_stop() as stop:
         search = Search(
             split_model,
             chosen_task,
@@ -147,7 +176,9 @@ def learn(
         )
         trained = search.run()
     clock.lap("train")
-    costs = measure_caches(costs, split_model, [candidate.cache for candidate in trained])
+    with _keeping(recording):
+        budget_s = _within(CACHES_S, time_budget_s, CACHES_SHARE)
+        costs = measure_caches(costs, split_model, [candidate.cache for candidate in trained], budget_s=budget_s)
     clock.lap("measure_caches")
     return Learned(search, trained, costs, clock.seconds, time_budget_s, stop.requested)
 
@@ -157,8 +188,13 @@ def choose(learned: Learned, *, tolerance: float, confidence_level: float) -> Ca
 
     Call it again with another tolerance to have a second model from the same caches; each certificate holds by itself.
     """
-    started = time.monotonic()
     check_levels(tolerance, confidence_level)
+    with _keeping(learned.search.recording):
+        return _choose(learned, tolerance, confidence_level)
+
+
+def _choose(learned: Learned, tolerance: float, confidence_level: float) -> CachedModel:
+    started = time.monotonic()
     search, trained, costs = learned.search, learned.trained, learned.costs
     recording = search.recording
     path, errors_M, verdict = _certified_path(search, trained, costs, tolerance, confidence_level)
@@ -181,7 +217,9 @@ def choose(learned: Learned, *, tolerance: float, confidence_level: float) -> Ca
     latency: tuple[LatencyRatio, ...] = ()
     if plan.caches:
         with torch.inference_mode():
-            latency = compare_latency(cached, recording.sample.to(search.split.device), BATCH_SIZES, budget_s=3.0)
+            sample = recording.sample.to(search.split.device)
+            budget_s = _within(LATENCY_S, learned.time_budget_s, LATENCY_SHARE)
+            latency = compare_latency(cached, sample, BATCH_SIZES, budget_s=budget_s)
         plan = _never_slower(plan, latency)
         certificate = certificate if plan.caches else dataclasses.replace(certificate, errors=0, bound=0.0)
         cached = _assemble(search, trained, plan, certificate, costs)
@@ -213,6 +251,8 @@ def count_errors(records: Records, path: Iterable[Candidate]) -> list[int]:
 
 
 def _plan(candidate: Candidate, trained: list[Trained], verdict: Verdict, path: tuple[Candidate, ...]) -> Plan:
+    if not trained:
+        return Plan(reason="no cache was trained: training ended before the first one, or none fits this backbone")
     if verdict.index < 0:
         return Plan(reason=f"nothing could be certified. {verdict.advice}")
     enabled = [k for k, threshold in enumerate(candidate.thresholds_K) if np.isfinite(threshold)]
@@ -260,14 +300,34 @@ def _never_slower(plan: Plan, latency: tuple[LatencyRatio, ...]) -> Plan:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _check_arguments(method: str, time_budget_s: float | None) -> None:
+def _check_arguments(method: str, time_budget_s: float | None, seed: int) -> None:
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if time_budget_s is not None and not time_budget_s > 0:
         raise InputError(f"time_budget_s must be a positive number of seconds or None; received {time_budget_s}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed must be a whole number from 0; received {seed!r}")
 
 
-def _check_device(backbone: nn.Module, device: torch.device) -> None:
+def _check_backbone(backbone: object, device: str | torch.device | None) -> None:
+    """What can be said before the stream is touched: a generator must not lose a batch to a forgotten eval()."""
+    if not isinstance(backbone, (nn.Module, ExportedProgram)):
+        raise InputError(f"the backbone is a {type(backbone).__name__}; expected a torch.nn.Module")
+    if isinstance(backbone, nn.Module):
+        check_mode(backbone)
+    if device is not None:
+        _check_device(backbone, torch.device(device))
+
+
+def _check_countable(costs: CostTable) -> None:
+    if not costs.backbone.flops or not sum(stage.flops for stage in costs.stages):
+        raise InputError(
+            "the backbone does only element-wise work (no matrix product, convolution or attention in it): there is "
+            "nothing to save, and caches for it cannot be priced. Serve it as it is."
+        )
+
+
+def _check_device(backbone: nn.Module | ExportedProgram, device: torch.device) -> None:
     actual = _device_of(backbone)
     if actual.type != device.type:
         raise InputError(
@@ -276,63 +336,100 @@ def _check_device(backbone: nn.Module, device: torch.device) -> None:
         )
 
 
-def _device_of(backbone: nn.Module) -> torch.device:
+def _device_of(backbone: nn.Module | ExportedProgram) -> torch.device:
     parameter = next(itertools.chain(backbone.parameters(), backbone.buffers()), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _example(backbone: nn.Module, stream: Iterable[object]) -> tuple[Batch, Iterable[object]]:
-    """A few rows to trace the backbone with, and the stream, still whole."""
+def _example(backbone: nn.Module, stream: Iterable[object] | Recording) -> tuple[Batch, Iterable[object] | Recording]:
+    """A few rows to trace the backbone with, and the stream, still whole and read once only."""
     if isinstance(stream, Recording):
         return stream.sample.rows(slice(0, 4)), stream
-    if isinstance(stream, (torch.Tensor, dict, str)) or not isinstance(stream, Iterable):
-        raise InputError(
-            f"a stream must yield batches; received a {type(stream).__name__}. Pass a DataLoader or a list of batches; "
-            "for one tensor of all inputs use `tensor.split(128)`."
-        )
-    iterator = iter(stream)
-    try:
-        first = next(iterator, None)
-    except Exception as error:
-        raise StreamError(f"the stream broke at batch 0: {type(error).__name__}: {error}") from error
+    peeked = _Peeked(stream)
+    first = next(read_stream(peeked.ahead(), backbone if isinstance(backbone, nn.Module) else None), None)
     if first is None:
         raise StreamError(
-            "the stream is empty: it yielded no batches; expected unlabelled inputs, some hundreds at least"
+            "the stream is empty: it yielded no inputs; expected unlabelled inputs, some hundreds at least"
         )
-    once_only = iterator is stream
-    return as_batch(first, backbone).rows(slice(0, 4)), itertools.chain([first], iterator) if once_only else stream
+    return first.rows(slice(0, 4)), peeked
 
 
-def _record(
-    split_model: SplitModel,
-    task: Classification,
-    stream: Iterable[object],
-    certify: Iterable[object] | None,
-    seed: int,
-    workdir: Path | None,
-    time_budget_s: float | None,
-    *,
-    show: bool,
-) -> Recording:
-    if isinstance(stream, Recording):
-        return cast(Recording, stream)
-    limit_s = None if time_budget_s is None else time_budget_s * 0.45
-    return record(split_model, task, stream, certify, seed=seed, workdir=workdir, time_limit_s=limit_s, show=show)
+class _Peeked:
+    """A stream of which the first batches were looked at. One iterator serves both: whether the stream can be read
+    again from its start, only its owner knows."""
+
+    def __init__(self, stream: Iterable[object]) -> None:
+        self._stream, self._seen = stream, list[object]()
+        self._iterator: Iterator[object] | None = None
+
+    def ahead(self) -> Iterator[object]:
+        """Batches from the start, kept for `__iter__`."""
+        self._iterator = iter(self._stream)
+        for batch in self._iterator:
+            self._seen.append(batch)
+            yield batch
+
+    def __iter__(self) -> Iterator[object]:
+        assert self._iterator is not None
+        return itertools.chain(self._seen, self._iterator)
+
+    def __length_hint__(self) -> int:
+        try:
+            return operator.length_hint(self._stream)
+        except TypeError:
+            return 0
 
 
-def _check_enough(recording: Recording, tolerance: float, confidence_level: float, *, separate: bool) -> None:
+def _check_enough(recording: Recording, tolerance: float, confidence_level: float) -> None:
     counts = recording.counts()
     needed = inputs_needed(tolerance, confidence_level)
-    share = (SHARES_CERTIFY_STREAM if separate else SHARES_ONE_STREAM)[CERTIFY]
+    share = (SHARES_CERTIFY_STREAM if recording.separate else SHARES_ONE_STREAM)[CERTIFY]
     if counts["certify"] < needed or not counts["tune"] or not counts["train"]:
         error = StreamError(
-            f"too few inputs to certify anything: {counts['certify']} fell to certification, and a tolerance of "
-            f"{tolerance:g} at confidence level {confidence_level:g} takes at least {needed}. The "
-            f"{'certification ' if separate else ''}stream needs about {int(np.ceil(1.1 * needed / share)):,} inputs, "
-            "better three times as many; or loosen the tolerance."
+            f"too few inputs to certify anything: of those recorded, {counts['train']} fell to training, "
+            f"{counts['tune']} to tuning and {counts['certify']} to certification, and a tolerance of {tolerance:g} at "
+            f"confidence level {confidence_level:g} takes at least {needed} for certification alone. The "
+            f"{'certification ' if recording.separate else ''}stream needs about {round(1.1 * needed / share):,} "
+            "different inputs, better three times as many; or loosen the tolerance."
         )
         error.recorded = recording
         raise error
+
+
+# -- small things ----------------------------------------------------------------------------------
+
+
+def _within(seconds: float, time_budget_s: float | None, share: float) -> float:
+    """That many seconds, but no more than this share of a budget."""
+    return seconds if time_budget_s is None else min(seconds, share * time_budget_s)
+
+
+@contextmanager
+def _keeping(recording: Recording) -> Iterator[None]:
+    """Within: what was recorded leaves with a Ctrl-C and with a full disk."""
+    try:
+        yield
+    except RecordingInterrupted:
+        raise
+    except KeyboardInterrupt:
+        message = "interrupted after recording; fit() accepts `error.recorded` in place of the stream."
+        raise RecordingInterrupted(message, recording) from None
+    except OSError as error:
+        raised = StorageError(
+            f"could not keep what was learned: {error}. Free some space, or choose another `workdir=`; fit() accepts "
+            "`error.recorded` in place of the stream."
+        )
+        raised.recorded = recording
+        raise raised from error
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within: torch draws from `seed`. Afterwards the caller's own random numbers go on where they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Clock:

@@ -11,13 +11,17 @@ land on one side; a row of a separate certification stream that also occurs in t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
+import operator
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,11 +34,12 @@ from torch import Tensor
 from offramp.augment import AUGMENTATIONS, is_image, mirror, shift
 from offramp.caches import reduction_for
 from offramp.caches.learned import Reduction
-from offramp.errors import StorageError, StreamError
-from offramp.progress import Bar, bar
+from offramp.errors import InputError, StorageError, StreamError
+from offramp.progress import bar
 from offramp.splitting import SplitModel
-from offramp.streams import Batch, read_stream
+from offramp.streams import Batch, check_stream, read_stream
 from offramp.tasks import Classification
+from offramp.types import version
 
 TRAIN, TUNE, CERTIFY = 0, 1, 2
 SHARES_ONE_STREAM = (0.60, 0.15, 0.25)
@@ -49,7 +54,7 @@ INVARIANT = 0.95  # an augmentation is free where the backbone keeps this share 
 
 
 class RecordingInterrupted(KeyboardInterrupt):
-    """Ctrl-C while recording. `recorded` holds the inputs recorded so far; `fit` accepts it in place of a stream."""
+    """Ctrl-C while recording, or later. `recorded` holds the inputs recorded so far; `fit` accepts it as a stream."""
 
     def __init__(self, message: str, recorded: Recording) -> None:
         super().__init__(message)
@@ -62,7 +67,8 @@ class Recording:
 
     `part_N` says train, tune or certify (0, 1, 2). `copy_N` marks augmented copies, which are only ever train rows.
     `free_augmentations` names the augmentations under which the backbone was measured to keep its answers.
-    `sample` holds some tuning inputs whole, for timing and for show.
+    `sample` holds some tuning inputs whole, for timing and for show. `backbone` is the fingerprint of the one that was
+    recorded; `separate` says that tune and certify rows come from a certification stream of their own.
     """
 
     features: list[NDArray[Any]]
@@ -75,6 +81,8 @@ class Recording:
     dropped_duplicates: int
     sample: Batch
     free_augmentations: tuple[str, ...] = ()
+    backbone: str = ""
+    separate: bool = False
 
     def __len__(self) -> int:
         return len(self.part_N)
@@ -97,13 +105,13 @@ class Recording:
         total = SHARES_CERTIFY_STREAM[TUNE] + SHARES_CERTIFY_STREAM[CERTIFY]
         shares = [share / total for share in SHARES_CERTIFY_STREAM]
         part_N = self.part_N.copy()
-        part_N[held_out] = [_part(bytes(key), seed, shares) for key in self.keys_N[held_out]]
+        # By the half of the digest that did not decide on train or held out: with the first half, rows that are held
+        # out under a seed would all fall to one part under the same seed.
+        part_N[held_out] = [_part(bytes(key)[8:], seed, shares) for key in self.keys_N[held_out]]
         return dataclasses.replace(self, part_N=part_N)
 
     def fingerprint(self, part: int) -> str:
         """Digest of the set of inputs of a part: the data a certificate rests on."""
-        import hashlib
-
         rows = sorted(bytes(key) for key in self.keys_N[self.index(part)])
         return hashlib.sha256(b"".join(rows)).hexdigest()
 
@@ -111,7 +119,7 @@ class Recording:
 def record(
     split: SplitModel,
     task: Classification,
-    stream: Iterable[object],
+    stream: Iterable[object] | Recording,
     certify: Iterable[object] | None,
     *,
     seed: int,
@@ -121,22 +129,31 @@ def record(
 ) -> Recording:
     """Run the backbone once over both streams; after `time_limit_s` the rest of `stream` is left out.
 
-    Raises StreamError (empty, malformed, broken stream) or StorageError (full disk); both carry what was recorded until
-    then as `error.recorded` where that is anything at all.
+    A Recording in place of `stream` is taken over: what is added is `certify`, less the rows it already holds.
+
+    Raises StreamError (empty, malformed, broken stream, inputs the backbone fails on), InputError (a recording of
+    another backbone) or StorageError (full disk). The first and the last carry what was recorded until then as
+    `error.recorded` where that is anything at all; so does RecordingInterrupted, on Ctrl-C.
     """
-    with torch.inference_mode(), closing(_Recorder(split, task, seed, workdir)) as recorder:
-        try:
-            shares = SHARES_ONE_STREAM if certify is None else (1.0, 0.0, 0.0)
-            recorder.read(stream, shares, "recording", time_limit_s, show=show)
+    if isinstance(stream, Recording):
+        _check_recorded(split, stream)
+        if certify is None:
+            return stream
+        workdir = None
+    if certify is not None:
+        check_stream(certify)
+    deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+    with closing(_Recorder(split, task, seed, workdir, separate=certify is not None)) as recorder:
+        with recorder.keeping():
+            recorder.open()
+            if isinstance(stream, Recording):
+                recorder.adopt(stream)
+            else:
+                shares = SHARES_ONE_STREAM if certify is None else (1.0, 0.0, 0.0)
+                recorder.read("stream", stream, shares, time_limit_s, show=show)
             if certify is not None:
-                recorder.read(certify, SHARES_CERTIFY_STREAM, "recording (certify)", None, show=show)
-            recorder.ask_again(show=show)
-        except KeyboardInterrupt:
-            raise RecordingInterrupted(recorder.kept_message("interrupted"), recorder.finish()) from None
-        except (StreamError, StorageError) as error:
-            raised = type(error)(f"{error} {recorder.kept_message('stopped')}")
-            raised.recorded = recorder.finish() if recorder.rows else None
-            raise raised from error
+                recorder.read("certify", certify, SHARES_CERTIFY_STREAM, None, show=show)
+            recorder.ask_again(deadline, show=show)
         recording = recorder.finish()
     if not len(recording):
         raise StreamError("the stream is empty: it yielded no inputs; expected at least a few hundred")
@@ -144,64 +161,102 @@ def record(
 
 
 class _Recorder:
-    """Appends rows to one file per column; a journal says how many rows are complete."""
+    """Appends rows to one file per column; a journal says how many rows are complete.
 
-    def __init__(self, split: SplitModel, task: Classification, seed: int, workdir: Path | None) -> None:
-        self.split, self.task, self.seed = split, task, seed
+    The order of writing makes it safe to be stopped anywhere: columns, then the journal, then the counters in memory.
+    Rows behind the journal are cut off on resuming, and nothing that was ever handed out covers them.
+    """
+
+    def __init__(
+        self, split: SplitModel, task: Classification, seed: int, workdir: Path | None, *, separate: bool
+    ) -> None:
+        self.split, self.task, self.seed, self.separate = split, task, seed, separate
         self.reductions = [
             reduction_for(point.shape, is_input=position == 0) for position, point in enumerate(split.points)
         ]
-        self.free_augmentations: tuple[str, ...] = ()
         self.folder = None if workdir is None else workdir / "recording"
         self.files: dict[str, IO[bytes]] = {}
         self.columns: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        self.rows = self.consumed = self.dropped = 0
-        self.labelled = True
+        self.state = _Journal()
         self.train_keys: set[bytes] = set()
+        self.adopted: Counter[bytes] = Counter()  # held-out rows of a recording that was taken over
         self.sample: list[Batch] = []
-        self.old_keys: list[bytes] = []  # rows of an earlier, interrupted recording: (consumed order)
-        if self.folder is not None:
-            self._resume()
+
+    @property
+    def rows(self) -> int:
+        return self.state.rows
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within: what was recorded leaves with the error."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise RecordingInterrupted(self._kept_message("interrupted"), self.finish()) from None
+        except (StreamError, StorageError) as error:
+            raised = type(error)(f"{error} {self._kept_message('stopped')}".strip())
+            raised.recorded = self.finish() if self.rows else None
+            raise raised from error
 
     # -- reading -----------------------------------------------------------------------------------
 
     def read(
         self,
+        name: str,
         stream: Iterable[object],
         shares: Sequence[float],
-        description: str,
         time_limit_s: float | None,
         *,
         show: bool,
     ) -> None:
-        started = time.monotonic()
+        """Record the stream called `name`. Rows that an earlier run recorded are only compared, however long it takes;
+        a stream that the earlier run was through with is not read any further than then."""
+        reading = _Reading(name, self._old_keys(name), tuple(shares))
+        through = name in self.state.through
+        description = "recording" if name == "stream" else f"recording ({name})"
+        limit_from = None if reading.old_keys else time.monotonic()
         with bar(description, _length(stream), show=show) as progress:
             for batch in read_stream(stream, self.split.backbone):
                 for start in range(0, len(batch), MAX_BATCH):
-                    self._take(batch.rows(slice(start, start + MAX_BATCH)), shares)
+                    self._take(batch.rows(slice(start, start + MAX_BATCH)), reading, through=through)
                 progress.advance()
                 progress.note(f"{self.rows:,} inputs")
-                if time_limit_s is not None and time.monotonic() - started > time_limit_s:
-                    return
+                if reading.position < len(reading.old_keys):
+                    continue
+                if through:
+                    break
+                limit_from = time.monotonic() if limit_from is None else limit_from
+                if time_limit_s is not None and time.monotonic() - limit_from > time_limit_s:
+                    break
+        if reading.position < len(reading.old_keys):
+            self._refuse(f"the stream ends after {reading.position} inputs, the one recorded in {self.folder} does not")
+        if not through:
+            self._commit(dataclasses.replace(self.state, through=(*self.state.through, name)))
 
-    def _take(self, batch: Batch, shares: Sequence[float]) -> None:
+    def _take(self, batch: Batch, reading: _Reading, *, through: bool) -> None:
         keys = batch.row_keys()
-        self._sample(batch, keys, shares)
-        skip = self._already_recorded(keys)
+        self._sample(batch, keys, reading.shares)
+        skip = self._already_recorded(keys, reading)
         batch, keys = batch.rows(slice(skip, None)), keys[skip:]
-        if not keys:
+        if not keys or through:
             return
-        parts = [_part(key, self.seed, shares) for key in keys]
+        parts = [_part(key, self.seed, reading.shares) for key in keys]
         # A separate certification stream must not repeat what trained the caches.
         fresh = [part == TRAIN or key not in self.train_keys for key, part in zip(keys, parts, strict=True)]
+        kept = [i for i, keep in enumerate(fresh) if keep and not self._was_adopted(keys[i])]
+        state = dataclasses.replace(
+            self.state,
+            consumed=self.state.consumed | {reading.name: reading.position + len(keys)},
+            dropped=self.state.dropped + len(keys) - sum(fresh),
+        )
+        if kept:
+            rows, kept_keys = batch.rows(torch.tensor(kept)), [keys[i] for i in kept]
+            state = self._write(state, rows, kept_keys, [parts[i] for i in kept], copy=False)
+        if self.folder is not None:
+            self._append({_consumed_file(reading.name): np.frombuffer(b"".join(keys), np.dtype("V16"))})
+        self._commit(state)
+        reading.position += len(keys)
         self.train_keys.update(key for key, part in zip(keys, parts, strict=True) if part == TRAIN)
-        self.dropped += len(keys) - sum(fresh)
-        if any(fresh):
-            rows = torch.tensor([i for i, keep in enumerate(fresh) if keep])
-            kept = [i for i, keep in enumerate(fresh) if keep]
-            self._write(batch.rows(rows), [keys[i] for i in kept], [parts[i] for i in kept], copy=False)
-        self.consumed += len(keys)
-        self._write_journal(keys)
 
     def _sample(self, batch: Batch, keys: list[bytes], shares: Sequence[float]) -> None:
         missing = SAMPLE_ROWS - sum(map(len, self.sample))
@@ -209,57 +264,107 @@ class _Recorder:
         if rows:
             self.sample.append(batch.rows(torch.tensor(rows)).to("cpu"))
 
-    def _write(self, batch: Batch, keys: list[bytes], parts: list[int], *, copy: bool) -> None:
-        live = self.split.flatten(batch.to(self.split.device))
-        columns: dict[str, NDArray[Any]] = {}
-        for position, stage in enumerate(self.split.stages):
-            feature = self.reductions[position](self.split.activation(position, live))
-            columns[f"point_{position}"] = _storable(feature)
-            live = stage(*live)
-        logits_BC = self.task.logits(live).float()
+    def _write(self, state: _Journal, batch: Batch, keys: list[bytes], parts: list[int], *, copy: bool) -> _Journal:
+        """Append these rows to all columns; the state with them, to be committed."""
+        columns, logits_BC = self._run(batch)
         if not bool(torch.isfinite(logits_BC).all()):
             raise StreamError(
                 f"the backbone answers NaN or infinity for inputs near number {self.rows}; find out which inputs "
-                "do that and leave them out"
+                "do that and leave them out."
             )
+        labels = batch.labels_B
         columns["logits"] = logits_BC.cpu().numpy()
         columns["part"] = np.array(parts, np.uint8)
         columns["copy"] = np.full(len(keys), copy, np.uint8)
         columns["key"] = np.frombuffer(b"".join(keys), np.dtype("V16"))
-        labels = batch.labels_B
-        self.labelled = self.labelled and (labels is not None or copy)
         columns["label"] = np.full(len(keys), -1, np.int64) if labels is None else labels.cpu().numpy().astype(np.int64)
         self._append(columns)
-        self.rows += len(keys)
+        labelled = state.labelled and (labels is not None or copy)
+        return dataclasses.replace(state, rows=state.rows + len(keys), labelled=labelled)
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> tuple[dict[str, NDArray[Any]], Tensor]:
+        """What caches will read at each split point, and the backbone's logits."""
+        columns: dict[str, NDArray[Any]] = {}
+        try:
+            live = self.split.flatten(batch.to(self.split.device))
+            for position, stage in enumerate(self.split.stages):
+                feature = self.reductions[position](self.split.activation(position, live))
+                columns[f"point_{position}"] = _storable(feature)
+                live = stage(*live)
+            return columns, self.task.logits(live).float()
+        except Exception as error:
+            raise StreamError(
+                f"the backbone fails on inputs near number {self.rows}: {type(error).__name__}: {error}"
+            ) from error
+
+    # -- taking a recording over -------------------------------------------------------------------
+
+    def adopt(self, recorded: Recording) -> None:
+        """Begin with these rows. Without a certification stream of their own, all of them are for training now."""
+        for start in range(0, len(recorded), MAX_BATCH):
+            chunk = slice(start, start + MAX_BATCH)
+            columns = {f"point_{i}": np.array(feature[chunk]) for i, feature in enumerate(recorded.features)}
+            part_B = recorded.part_N[chunk]
+            columns["logits"] = np.array(recorded.logits_NC[chunk])
+            columns["part"] = part_B if recorded.separate else np.full_like(part_B, TRAIN)
+            columns["copy"], columns["key"] = recorded.copy_N[chunk], recorded.keys_N[chunk]
+            label_N = recorded.label_N
+            columns["label"] = np.full(len(part_B), -1, np.int64) if label_N is None else label_N[chunk]
+            self._append(columns)
+            keys = [bytes(key) for key in columns["key"]]
+            held_out = columns["part"] != TRAIN
+            self.train_keys.update(key for key, held in zip(keys, held_out, strict=True) if not held)
+            self.adopted.update(key for key, held in zip(keys, held_out, strict=True) if held)
+            self._commit(dataclasses.replace(self.state, rows=self.rows + len(keys)))
+        asked = int(recorded.copy_N.sum())
+        self._commit(dataclasses.replace(self.state, asked=asked, labelled=recorded.label_N is not None))
+
+    def _was_adopted(self, key: bytes) -> bool:
+        if self.adopted[key] <= 0:
+            return False
+        self.adopted[key] -= 1
+        return True
 
     # -- asking the backbone again -----------------------------------------------------------------
 
-    def ask_again(self, *, show: bool) -> None:
+    def ask_again(self, deadline: float | None, *, show: bool) -> None:
         """While train rows are few, record augmented copies of them with the backbone's own answers to the copies."""
         point = self.split.points[0]
-        if (
-            not is_image(tuple(point.shape), floating=point.dtype.is_floating_point)
-            or len(self.split.example.tensors) > 1
-        ):
+        image = is_image(tuple(point.shape), floating=point.dtype.is_floating_point)
+        if not image or len(self.split.example.tensors) > 1:
             return
         snapshot = self.finish()
-        train = snapshot.index(TRAIN)
+        train = np.flatnonzero((snapshot.part_N == TRAIN) & (snapshot.copy_N == 0))
         if not len(train):
             return
-        self.free_augmentations = self._free_augmentations(snapshot, train[:INVARIANCE_ROWS])
-        if (snapshot.copy_N[train] != 0).any():  # an earlier run asked already
-            return
+        if self.state.free is None:
+            free = self._free_augmentations(snapshot, train[:INVARIANCE_ROWS])
+            self._commit(dataclasses.replace(self.state, free=free))
+        held_out = {bytes(key) for key in snapshot.keys_N[snapshot.part_N != TRAIN]}
         copies = min(MAX_COPIES, ASKED_ROWS // len(train))
-        generator = torch.Generator().manual_seed(self.seed)
         with bar("asking about variations", copies * len(train), show=show and copies > 0) as progress:
-            for _ in range(copies):
+            for number in range(copies):
                 for start in range(0, len(train), MAX_BATCH):
-                    self._ask(snapshot.features[0], train[start : start + MAX_BATCH], generator, progress)
+                    rows = train[start : start + MAX_BATCH]
+                    if deadline is not None and time.monotonic() > deadline:
+                        return
+                    if number * len(train) + start >= self.state.asked:  # else an earlier run has asked
+                        self._ask(snapshot.features[0], rows, held_out, (number, start))
+                    progress.advance(len(rows))
 
-    def _ask(self, inputs: NDArray[Any], rows: NDArray[np.intp], generator: torch.Generator, progress: Bar) -> None:
+    def _ask(self, inputs: NDArray[Any], rows: NDArray[np.intp], held_out: set[bytes], chunk: tuple[int, int]) -> None:
+        """Record one copy of each of these rows, except where it happens to equal a held-out row."""
+        entropy = np.random.SeedSequence([self.seed, *chunk]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(entropy))
         batch = self._as_inputs(shift(mirror(torch.from_numpy(inputs[rows]), generator), generator))
-        self._write(batch, batch.row_keys(), [TRAIN] * len(rows), copy=True)
-        progress.advance(len(rows))
+        keys = batch.row_keys()
+        kept = [i for i, key in enumerate(keys) if key not in held_out]
+        state = dataclasses.replace(self.state, asked=self.state.asked + len(rows))
+        if kept:
+            batch, keys = batch.rows(torch.tensor(kept)), [keys[i] for i in kept]
+            state = self._write(state, batch, keys, [TRAIN] * len(kept), copy=True)
+        self._commit(state)
 
     def _free_augmentations(self, snapshot: Recording, rows: NDArray[np.intp]) -> tuple[str, ...]:
         """The augmentations that leave at least INVARIANT of the backbone's answers as they are."""
@@ -271,17 +376,11 @@ class _Recorder:
             agreed = 0
             for start in range(0, len(rows), MAX_BATCH):
                 batch = self._as_inputs(augmentation(images[start : start + MAX_BATCH], generator))
-                answer_B = self.task.answer(self._answers(batch)).cpu()
+                answer_B = self.task.answer(self._run(batch)[1]).cpu()
                 agreed += int(self.task.agree(answer_B, answer_N[start : start + MAX_BATCH]).sum())
             if agreed >= INVARIANT * len(rows):
                 free.append(name)
         return tuple(free)
-
-    def _answers(self, batch: Batch) -> Tensor:
-        live = self.split.flatten(batch.to(self.split.device))
-        for stage in self.split.stages:
-            live = stage(*live)
-        return self.task.logits(live)
 
     def _as_inputs(self, images_BCHW: Tensor) -> Batch:
         example = self.split.example
@@ -290,13 +389,10 @@ class _Recorder:
 
     # -- files -------------------------------------------------------------------------------------
 
-    def _append(self, columns: dict[str, NDArray[Any]]) -> None:
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
         try:
-            for name, values in columns.items():
-                self.columns.setdefault(name, (values.shape[1:], values.dtype))
-                self._file(name).write(values.tobytes())
-            for file in self.files.values():
-                file.flush()
+            yield
         except OSError as error:
             where = self.folder or tempfile.gettempdir()
             raise StorageError(
@@ -304,12 +400,21 @@ class _Recorder:
                 "another place with `workdir=` (or TMPDIR)."
             ) from error
 
+    def _append(self, columns: dict[str, NDArray[Any]]) -> None:
+        with self._storing():
+            for name, values in columns.items():
+                if not name.startswith("consumed"):
+                    self.columns.setdefault(name, (values.shape[1:], values.dtype))
+                _write_all(self._file(name), values.tobytes())
+
     def _file(self, name: str) -> IO[bytes]:
+        """Unbuffered: what a full disk refuses must not wait in a buffer for the file to be closed."""
         if name not in self.files:
             if self.folder is None:
-                self.files[name] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the recording
+                file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the recording
             else:
-                self.files[name] = (self.folder / f"{name}.bin").open("ab+")
+                file = (self.folder / f"{name}.bin").open("ab+", buffering=0)
+            self.files[name] = file
         return self.files[name]
 
     def finish(self) -> Recording:
@@ -322,11 +427,13 @@ class _Recorder:
             logits_NC=maps.get("logits", empty),
             part_N=np.array(maps.get("part", empty), np.uint8),
             copy_N=np.array(maps.get("copy", empty), np.uint8),
-            label_N=np.array(maps["label"]) if self.labelled and self.rows else None,
+            label_N=np.array(maps["label"]) if self.state.labelled and self.rows else None,
             keys_N=np.array(maps.get("key", np.zeros(0, "V16"))),
-            dropped_duplicates=self.dropped,
+            dropped_duplicates=self.state.dropped,
             sample=_concatenated(self.sample) if self.sample else self.split.example,
-            free_augmentations=self.free_augmentations,
+            free_augmentations=self.state.free or (),
+            backbone=self.split.fingerprint,
+            separate=self.separate,
         )
 
     def close(self) -> None:
@@ -342,61 +449,125 @@ class _Recorder:
 
     # -- resuming ----------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        journal = self.folder / "journal.json"
-        state = json.loads(journal.read_text()) if journal.exists() else {}
-        if state.get("backbone") != self.split.fingerprint or state.get("seed") != self.seed:
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
-            return
-        self.columns = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in state["columns"].items()}
-        self.rows, self.dropped, self.labelled = state["rows"], state["dropped"], state["labelled"]
-        for name, (shape, dtype) in self.columns.items():
-            # A crash may have left part of a batch behind the last complete row.
-            self._file(name).truncate(self.rows * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        keys = (self.folder / "consumed.bin").read_bytes()[: 16 * state["consumed"]]
-        self.old_keys = [keys[i : i + 16] for i in range(0, len(keys), 16)]
-        with (self.folder / "consumed.bin").open("rb+") as file:
-            file.truncate(len(keys))
-        parts, row_keys = self._map("part"), self._map("key")
-        self.train_keys = {bytes(key) for key, part in zip(row_keys, parts, strict=True) if part == TRAIN}
-
-    def _already_recorded(self, keys: list[bytes]) -> int:
-        """How many of these rows an earlier run recorded: the stream is read again from its start."""
-        position = self.consumed
-        old = self.old_keys[position : position + len(keys)]
-        if old != keys[: len(old)]:
-            raise StreamError(
-                f"the stream differs from the one recorded in {self.folder} (input {position} onwards): resume needs "
-                "the same inputs in the same order. Switch shuffling off, or delete that folder to start again."
-            )
-        self.consumed += len(old)
-        return len(old)
-
-    def _write_journal(self, keys: list[bytes]) -> None:
+    def open(self) -> None:
+        """Go on with the recording in the folder where it fits this call, else begin a new one there."""
         if self.folder is None:
             return
-        with (self.folder / "consumed.bin").open("ab") as file:
-            file.write(b"".join(keys))
-        state = {
+        with self._storing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            document = _read_json(self.folder / "journal.json")
+            if document.get("of") == self._identity() and self._complete(document):
+                self._resume(document)
+                return
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "offramp": version(),
             "backbone": self.split.fingerprint,
             "seed": self.seed,
-            "rows": self.rows,
-            "consumed": self.consumed,
-            "dropped": self.dropped,
-            "labelled": self.labelled,
-            "columns": {name: (shape, dtype.str) for name, (shape, dtype) in self.columns.items()},
+            "separate": self.separate,
+            "points": [point.name for point in self.split.points],
         }
-        temporary = self.folder / "journal.json.tmp"
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self.folder / "journal.json")
 
-    def kept_message(self, verb: str) -> str:
+    def _complete(self, document: dict[str, Any]) -> bool:
+        """Whether the files hold at least what the journal says."""
+        assert self.folder is not None
+        sizes = {f"{name}.bin": _row_bytes(*column) * document["rows"] for name, column in document["columns"].items()}
+        sizes |= {f"{_consumed_file(name)}.bin": 16 * count for name, count in document["consumed"].items()}
+        paths = {name: self.folder / name for name in sizes}
+        return all(path.exists() and path.stat().st_size >= sizes[name] for name, path in paths.items())
+
+    def _resume(self, document: dict[str, Any]) -> None:
+        self.columns = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in document["columns"].items()}
+        names = [field.name for field in dataclasses.fields(_Journal)]
+        state = {name: document[name] for name in names}
+        free = state["free"]
+        self.state = _Journal(
+            **state | {"through": tuple(state["through"]), "free": None if free is None else tuple(free)}
+        )
+        for name, (shape, dtype) in self.columns.items():
+            # A crash may have left part of a batch behind the last complete row.
+            self._file(name).truncate(self.rows * _row_bytes(shape, dtype))
+        for name, count in self.state.consumed.items():
+            self._file(_consumed_file(name)).truncate(16 * count)
+        rows = zip(self._map("part"), self._map("copy"), self._map("key"), strict=True) if self.rows else ()
+        self.train_keys = {bytes(key) for part, copy, key in rows if part == TRAIN and not copy}
+
+    def _old_keys(self, name: str) -> list[bytes]:
+        """Digests of the rows of this stream that an earlier run consumed, in order."""
+        count = self.state.consumed.get(name, 0)
+        if not count or self.folder is None:
+            return []
+        keys = (self.folder / f"{_consumed_file(name)}.bin").read_bytes()
+        return [keys[16 * i : 16 * (i + 1)] for i in range(count)]
+
+    def _already_recorded(self, keys: list[bytes], reading: _Reading) -> int:
+        """How many of these rows an earlier run recorded: the stream is read again from its start."""
+        old = reading.old_keys[reading.position : reading.position + len(keys)]
+        if old != keys[: len(old)]:
+            self._refuse(
+                f"the stream differs from the one recorded in {self.folder} (from input {reading.position} onwards)"
+            )
+        reading.position += len(old)
+        return len(old)
+
+    def _refuse(self, what: str) -> None:
+        raise StreamError(
+            f"{what}: to resume needs the same inputs in the same order. Switch shuffling off, or delete that folder "
+            "to start again."
+        )
+
+    def _commit(self, state: _Journal) -> None:
+        """Make `state` the one that counts."""
+        if self.folder is not None:
+            columns = {name: (shape, dtype.str) for name, (shape, dtype) in self.columns.items()}
+            document = {"of": self._identity(), "columns": columns, **dataclasses.asdict(state)}
+            temporary = self.folder / "journal.json.tmp"
+            with self._storing():
+                temporary.write_text(json.dumps(document))
+                os.replace(temporary, self.folder / "journal.json")
+        self.state = state
+
+    def _kept_message(self, verb: str) -> str:
+        if not self.rows:
+            return ""
         if self.folder is not None:
             return f"Recording {verb} after {self.rows:,} inputs; they are kept in {self.folder}: call again to go on."
         return f"Recording {verb} after {self.rows:,} inputs; fit() accepts `error.recorded` in place of the stream."
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """How far a recording has come. `rows` counts copies, `consumed` is per stream, `through` names finished streams,
+    `asked` counts rows that copies were asked about, `free` the measured free augmentations (None: not measured)."""
+
+    rows: int = 0
+    consumed: dict[str, int] = dataclasses.field(default_factory=dict)
+    through: tuple[str, ...] = ()
+    dropped: int = 0
+    labelled: bool = True
+    asked: int = 0
+    free: tuple[str, ...] | None = None
+
+
+@dataclass
+class _Reading:
+    """One stream while it is read: the next input's number, and the digests of those recorded by an earlier run."""
+
+    name: str
+    old_keys: list[bytes]
+    shares: tuple[float, ...]
+    position: int = 0
+
+
+def _check_recorded(split: SplitModel, recorded: Recording) -> None:
+    if recorded.backbone != split.fingerprint or len(recorded.features) != len(split.points):
+        raise InputError(
+            "the recording passed in place of the stream was made with another backbone (or with other weights or an "
+            "input of another shape); pass the stream itself to record this one"
+        )
 
 
 def _part(key: bytes, seed: int, shares: Sequence[float]) -> int:
@@ -416,8 +587,31 @@ def _concatenated(batches: Sequence[Batch]) -> Batch:
     return Batch(args, {name: torch.cat([batch.kwargs[name] for batch in batches]) for name in names})
 
 
-def _length(stream: Iterable[object]) -> int | None:
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return len(stream)  # type: ignore[arg-type]
+        document = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _consumed_file(name: str) -> str:
+    return f"consumed_{name}"
+
+
+def _row_bytes(shape: Sequence[int], dtype: np.dtype[Any] | str) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _length(stream: Iterable[object]) -> int | None:
+    """Number of batches, where the stream knows it."""
+    try:
+        return operator.length_hint(stream) or None
     except TypeError:
         return None

@@ -53,7 +53,8 @@ class Batch:
 
     def row_keys(self) -> list[bytes]:
         """A 16-byte digest of each row's inputs: equal for exact duplicates, and only for those."""
-        columns = [tensor.detach().cpu().contiguous() for tensor in self.tensors]
+        ordered = (*self.args, *(self.kwargs[name] for name in sorted(self.kwargs)))
+        columns = [tensor.detach().cpu().contiguous() for tensor in ordered]
         keys = []
         for row in range(len(self)):
             digest = hashlib.blake2b(digest_size=16)
@@ -77,21 +78,33 @@ def as_batch(raw: object, backbone: nn.Module | None = None) -> Batch:
             raise InputError(
                 f"a batch of shape {tuple(tensor.shape)} contains NaN or infinity; clean or drop such inputs first"
             )
+    labels = batch.labels_B
+    if labels is not None and not _are_labels(labels, batch.tensors[0]):
+        raise InputError(
+            f"labels must be a vector with one whole number per row; received {tuple(labels.shape)} "
+            f"{_name(labels.dtype)} for {len(batch)} rows. Leave labels of another kind out: they are not needed."
+        )
     return batch
 
 
-def read_stream(stream: Iterable[object], backbone: nn.Module | None = None) -> Iterator[Batch]:
-    """The stream's batches, each checked against the first. Errors name the number of the batch (from 0)."""
+def check_stream(stream: object) -> None:
+    """Raises InputError for what is no stream, without reading any of it."""
     if isinstance(stream, (Tensor, Mapping, str)) or not isinstance(stream, Iterable):
         raise InputError(
             f"a stream must yield batches; received a {type(stream).__name__}. Pass a DataLoader or a list of batches; "
             "for one tensor of all inputs use `tensor.split(128)`."
         )
-    expected: list[tuple[tuple[int, ...], torch.dtype]] | None = None
-    iterator = iter(stream)
+
+
+def read_stream(stream: Iterable[object], backbone: nn.Module | None = None) -> Iterator[Batch]:
+    """The stream's batches, each checked against the first. Errors name the number of the batch (from 0)."""
+    check_stream(stream)
+    expected: list[tuple[str, tuple[int, ...], torch.dtype]] | None = None
+    iterator: Iterator[object] | None = None
     number = 0
     while True:
         try:
+            iterator = iter(stream) if iterator is None else iterator
             raw = next(iterator)
         except StopIteration:
             return
@@ -101,7 +114,7 @@ def read_stream(stream: Iterable[object], backbone: nn.Module | None = None) -> 
             batch = as_batch(raw, backbone)
         except InputError as error:
             raise StreamError(f"batch {number} of the stream: {error}") from error
-        form = [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in batch.tensors]
+        form = _form(batch)
         if expected is not None and form != expected:
             raise StreamError(
                 f"batch {number} of the stream has rows of {_describe(form)}, the first batch had "
@@ -121,16 +134,17 @@ def _parse(raw: object, backbone: nn.Module | None) -> Batch:
         if len(kwargs) != len(raw):
             other = sorted(str(name) for name, value in raw.items() if not isinstance(value, Tensor))
             raise InputError(f"the values of a batch must be tensors; these are not: {', '.join(other)}")
-        labels = next((kwargs.pop(key) for key in LABEL_KEYS if key in kwargs), None)
-        return Batch((), kwargs, labels)
+        labels = [kwargs.pop(key) for key in LABEL_KEYS if key in kwargs]
+        return Batch((), kwargs, labels[0] if labels else None)
     if isinstance(raw, (tuple, list)) and all(isinstance(value, Tensor) for value in raw):
         tensors: tuple[Tensor, ...] = tuple(raw)
         if len(tensors) == _required_arguments(backbone) + 1 and _are_labels(tensors[-1], tensors[0]):
             return Batch(tensors[:-1], {}, tensors[-1])
         return Batch(tensors)
-    raise InputError(
-        f"a batch must be a tensor, a tuple of tensors or a dict of tensors; received a {type(raw).__name__}"
-    )
+    received = type(raw).__name__
+    if isinstance(raw, (tuple, list)):
+        received += f" of {', '.join(sorted({type(value).__name__ for value in raw}))}"
+    raise InputError(f"a batch must be a tensor, a tuple of tensors or a dict of tensors; received a {received}")
 
 
 def _required_arguments(backbone: nn.Module | None) -> int:
@@ -147,5 +161,15 @@ def _are_labels(candidate: Tensor, inputs: Tensor) -> bool:
     return candidate.ndim == 1 and integers and inputs.ndim > 0 and len(candidate) == len(inputs)
 
 
-def _describe(form: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
-    return ", ".join(f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in form)
+def _form(batch: Batch) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name (empty for a positional argument), shape of a row and type of each tensor, in a fixed order."""
+    named = [*(("", tensor) for tensor in batch.args), *sorted(batch.kwargs.items(), key=lambda item: item[0])]
+    return [(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in named]
+
+
+def _describe(form: list[tuple[str, tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{name} {shape} {_name(dtype)}".strip() for name, shape, dtype in form)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,120 @@
+"""Write docs/results.md from the JSON documents in benchmarks/results/.
+
+python benchmarks/render.py
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import common
+
+RESULTS = common.ROOT / "benchmarks" / "results"
+PAGE = common.ROOT / "docs" / "results.md"
+
+HEAD = """# Results
+
+Written by `python benchmarks/render.py` from the JSON documents in `benchmarks/results/`; the command that made each of
+them stands above its table. Every row: caches trained, tuned, certified and evaluated on disjoint images; time is that
+of the whole call, caches and copies included, over that of the full model, measured alternately in one run (below 1 is
+faster), in eager mode. The oracle lets each request leave at the first enabled cache that agrees. Certificates hold at
+95 % confidence.
+"""
+
+MISSING = "\nNot measured yet: {names}.\n"
+
+SECTIONS = {
+    "cifar10": "python benchmarks/cifar10.py",
+    "mobilenet_v2": "python benchmarks/tiny_imagenet.py mobilenet_v2",
+    "resnet56_cifar100": "python benchmarks/tiny_imagenet.py resnet56",
+    "learning_curve": "python benchmarks/learning_curve.py",
+    "overhead": "python benchmarks/overhead.py",
+    "split_table": "python benchmarks/split_table.py",
+}
+
+
+def main() -> None:
+    parts, missing = [HEAD], []
+    for name, command in SECTIONS.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            parts.append(section(name, json.loads(file.read_text()), command))
+        else:
+            missing.append(name)
+    if missing:
+        parts.append(MISSING.format(names=", ".join(missing)))
+    PAGE.write_text("\n".join(parts))
+    print(json.dumps({"page": str(PAGE.relative_to(common.ROOT)), "missing": missing}))
+
+
+def section(name: str, document: dict[str, Any], command: str) -> str:
+    hardware, versions = document["hardware"], document["versions"]
+    facts = (
+        f"`{command}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
+        f"{hardware['threads']} threads; torch {versions['torch']}, Python {versions['python']}."
+    )
+    body = {"overhead": overhead, "split_table": families}.get(name, fits)(document)
+    return f"## {document['benchmark']}\n\n{facts}\n\n{body}\n"
+
+
+def fits(document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    table = common.table(rows)
+    if "unlabelled_inputs" in rows[0]:
+        sizes = [f"{row['unlabelled_inputs']:,}" for row in rows]
+        lines = table.splitlines()
+        lines[0], lines[1] = "| inputs " + lines[0], "|---" + lines[1]
+        table = "\n".join(lines[:2] + [f"| {size} {line}" for size, line in zip(sizes, lines[2:], strict=True)])
+    empty = [f"Seed {row['seed']}, {100 * row['tolerance']:g} %: {row['plan']['reason']}" for row in rows]
+    reasons = [line for line, row in zip(empty, rows, strict=True) if not row["plan"]["caches"]]
+    return table + ("\n\nPlans without caches. " + " ".join(reasons) if reasons else "") + "\n\n" + candidates(rows[0])
+
+
+def candidates(row: dict[str, Any]) -> str:
+    lines = [
+        f"Candidates of the first row (trained on {row['inputs']['train']:,} inputs, "
+        f"{row['inputs']['augmented_copies']:,} augmented copies):",
+        "",
+        "| cache | agreement | AUROC of its best confidence | share of FLOPs | KiB | training s | enabled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cache in row["candidates"]:
+        best = max((value for value in cache["auroc"].values() if value is not None), default=float("nan"))
+        lines.append(
+            f"| `{cache['name']}` | {100 * cache['agreement']:.1f} % | {best:.3f} | "
+            f"{100 * cache['flops_share']:.2f} %"
+            f"| {cache['bytes'] / 1024:.0f}"
+            f"| {cache['training']['seconds']:.0f} | {'yes' if cache['enabled'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def overhead(document: dict[str, Any]) -> str:
+    lines = [
+        "| enabled | batch | time: mean | p50 | p95 | full model ms | of it caches |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['enabled']} | {row['batch_size']} | {row['mean']:.3f} | {row['p50']:.3f} | {row['p95']:.3f} | "
+        f"{row['full_mean_ms']:.2f} | {row['caches_share']:.3f} |"
+        for row in document["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def families(document: dict[str, Any]) -> str:
+    lines = ["| model | split points | traced by | proof | seconds |", "|---|---|---|---|---|"]
+    for row in document["rows"]:
+        if row["status"] == "ok":
+            proof = "passed" if row["proved"] else "not passed"
+            lines.append(
+                f"| {row['family']} | {row['points']} | {row['method']} | {proof} | {row['split_seconds']:.1f} |"
+            )
+        else:
+            lines.append(f"| {row['family']} | - | - | {row['status']}: {row['reason']} | - |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

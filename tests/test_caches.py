@@ -1,0 +1,192 @@
+"""Learned caches: every shape on every kind of activation, folding, and the way to disk and back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp.caches import CacheShape, LearnedCache, build_cache, reduction_for
+from offramp.caches.learned import FEATURE_LIMIT, HALF_MAX, Reduction
+from offramp.confidence import Selector
+
+CLASSES, VOCABULARY = 5, 30
+ACTIVATIONS: dict[str, tuple[int, ...]] = {
+    "map": (8, 12, 12),
+    "image": (3, 32, 32),
+    "large image": (3, 70, 70),
+    "sequence": (20, 16),
+    "vector": (16,),
+    "tokens": (14,),
+}
+KINDS: dict[str, tuple[str, ...]] = {
+    "map": ("linear", "mlp", "conv", "student"),
+    "image": ("linear", "mlp", "conv", "student"),
+    "large image": ("student",),
+    "sequence": ("linear", "mlp", "transformer"),
+    "vector": ("linear", "mlp"),
+    "tokens": ("linear", "mlp", "transformer"),
+}
+PAIRS = [(activation, kind) for activation, kinds in KINDS.items() for kind in kinds]
+
+
+def make(activation: str, kind: Any, *, reads: str | None = None, depth: int = 1) -> LearnedCache:
+    """With batch statistics that are not the initial ones, so that folding has something to do."""
+    torch.manual_seed(0)
+    shape = ACTIVATIONS[activation]
+    cache = LearnedCache(
+        f"p/{kind}",
+        "p",
+        CacheShape(kind, 0 if kind == "linear" else 32, depth),
+        shape,
+        CLASSES,
+        reduction=reduction_for(shape, is_input=kind == "student" or activation == "tokens"),
+        vocabulary=VOCABULARY if activation == "tokens" else 0,
+        reads=reads,
+    )
+    for module in cache.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 2)
+    return cache.eval()
+
+
+def rows(activation: str, count: int = 6) -> Tensor:
+    random = torch.Generator().manual_seed(count)
+    shape = (count, *ACTIVATIONS[activation])
+    if activation == "tokens":
+        return torch.randint(0, VOCABULARY, shape, generator=random)
+    return torch.randn(shape, generator=random)
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("activation", "kind"), PAIRS)
+@torch.no_grad()
+def test_every_shape_answers_every_kind_of_activation(activation: str, kind: str) -> None:
+    cache, x = make(activation, kind), rows(activation)
+    logits = cache(x)
+    assert logits.shape == (6, CLASSES)
+    assert bool(logits.isfinite().all())
+    confidence = cache.confidence(logits)
+    assert confidence.shape == (6,)
+    assert bool(((confidence >= 0) & (confidence <= 1)).all())
+    close(cache.from_feature(cache.reduction(x)), logits)
+    close(cache(x[2:3]), logits[2:3])
+    close(cache(x[[4, 0]]), logits[[4, 0]])
+
+
+@pytest.mark.parametrize(("activation", "kind"), PAIRS)
+@torch.no_grad()
+def test_described_and_built_again_it_is_the_same(activation: str, kind: str) -> None:
+    for folded, selector in itertools.product((False, True), repeat=2):
+        cache, x, read = make(activation, kind, reads="other", depth=2), rows(activation), torch.randn(6, CLASSES)
+        if folded:
+            cache.fold()
+        if selector:
+            fitted = Selector(7)
+            fitted.weight.copy_(torch.arange(7.0) / 7)
+            cache.use_confidence("selector", fitted)
+        built = build_cache(json.loads(json.dumps(cache.describe())))
+        built.load_state_dict(cache.state_dict())
+        assert built.describe() == cache.describe()
+        assert not any(module.training for module in built.modules())
+        logits = cache(x, read)
+        torch.testing.assert_close(built(x, read), logits, rtol=0, atol=0)
+        torch.testing.assert_close(built.confidence(logits, read), cache.confidence(logits, read), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("activation", "kind"), [pair for pair in PAIRS if pair[1] in ("conv", "student")])
+@torch.no_grad()
+def test_folding_keeps_the_answers_with_fewer_operations(activation: str, kind: str) -> None:
+    cache, x = make(activation, kind, depth=2), rows(activation)
+    before = cache(x)
+    cache.fold()
+    close(cache(x), before)
+    left = [module for module in cache.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(left) == (kind == "conv"), "only the one before the first convolution stays"
+    names = list(cache.state_dict())
+    cache.fold()
+    assert list(cache.state_dict()) == names, "folding twice changes nothing"
+
+
+@torch.no_grad()
+def test_a_reading_cache_needs_and_uses_what_it_reads() -> None:
+    cache, x = make("vector", "mlp", reads="first"), rows("vector")
+    with pytest.raises(ValueError, match="reads the logits of first, which were not given"):
+        cache(x)
+    assert not torch.allclose(cache(x, torch.zeros(6, CLASSES)), cache(x, 5 * torch.randn(6, CLASSES)))
+    very_sure = torch.full((6, CLASSES), -1e30)
+    very_sure[:, 0] = 1e30
+    assert bool(cache(x, very_sure).isfinite().all())
+
+
+@torch.no_grad()
+def test_token_ids_that_training_never_met_are_no_error() -> None:
+    for kind in KINDS["tokens"]:
+        assert make("tokens", kind)(rows("tokens") + 1000).shape == (6, CLASSES)
+
+
+@torch.no_grad()
+def test_memory_layout_and_half_precision_do_not_matter() -> None:
+    cache, x = make("map", "conv"), rows("map")
+    close(cache(x.to(memory_format=torch.channels_last)), cache(x))
+    torch.testing.assert_close(cache(x.half()), cache(x.half().float()), rtol=0.02, atol=0.02)
+    assert cache(x.bfloat16()).dtype == torch.float32
+
+
+# --- reductions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_input", "expected"),
+    [
+        ((3, 32, 32), True, (3, 32, 32)),
+        ((16, 8, 8), False, (16, 8, 8)),
+        ((16, 32, 32), False, (16, 8, 8)),
+        ((64, 12, 20), False, (64, 8, 8)),
+        ((256, 8, 8), False, (256, 4, 4)),
+        ((512, 4, 4), False, (512, 2, 2)),
+        ((4096, 7, 7), False, (4096, 1, 1)),
+        ((8, 1, 1), False, (8, 1, 1)),
+        ((197, 192), False, (9, 192)),
+        ((128, 768), False, (5, 768)),
+        ((9, 16), False, (9, 16)),
+        ((64,), False, (64,)),
+    ],
+)
+def test_reductions_keep_what_fits_in_half_precision(
+    shape: tuple[int, ...], expected: tuple[int, ...], *, is_input: bool
+) -> None:
+    reduced = reduction_for(shape, is_input=is_input)(torch.randn(2, *shape))
+    assert tuple(reduced.shape[1:]) == expected
+    assert reduced.dtype == torch.float16
+    assert is_input or len(shape) < 2 or reduced[0].numel() <= FEATURE_LIMIT or expected[1:] == (1, 1)
+
+
+def test_reducing_pools_and_keeps_the_first_token_apart() -> None:
+    x = torch.arange(2 * 16 * 4.0).reshape(2, 16, 4) / 128
+    reduced = Reduction(2)(x).float()
+    torch.testing.assert_close(reduced[:, 0], x[:, 0])
+    torch.testing.assert_close(reduced[:, 1], x[:, :8].mean(1))
+    torch.testing.assert_close(reduced[:, 2], x[:, 8:].mean(1))
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert Reduction(2)(image).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
+
+
+def test_large_values_are_clamped_and_integers_stay() -> None:
+    assert Reduction()(torch.tensor([[1e9, -1e9, 1.0]])).tolist() == [[HALF_MAX, -HALF_MAX, 1.0]]
+    ids = torch.tensor([[1, 70_000]])
+    assert torch.equal(Reduction()(ids), ids)
+    assert bool(Reduction()(torch.tensor([[float("nan")]])).isnan().all()), "NaN must stay visible: it is a miss"
+
+
+def test_labels_name_the_shape() -> None:
+    assert [CacheShape("linear").label, CacheShape("mlp", 64, 2).label] == ["linear", "mlp64x2"]

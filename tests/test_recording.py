@@ -1,0 +1,298 @@
+"""Recording: the parts, what is on disk, and that nothing recorded is lost however it ends."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import ResidualNet, mlp
+from torch import Tensor, nn
+
+from offramp import recording as module
+from offramp.errors import InputError, StorageError, StreamError
+from offramp.recording import CERTIFY, TRAIN, TUNE, Recording, RecordingInterrupted, record
+from offramp.splitting import SplitModel, split
+from offramp.tasks import Classification
+
+X = torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+OTHER = torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
+SPLIT: dict[nn.Module, SplitModel] = {}
+
+
+class Counting:
+    """A split model whose first stage counts the rows that it is run on."""
+
+    def __init__(self, model: SplitModel) -> None:
+        self.rows = 0
+        first = model.stages[0]
+
+        class Stage(nn.Module):
+            def forward(stage, *live: Tensor) -> object:
+                self.rows += len(live[0])
+                return first(*live)
+
+        self.model = copy.copy(model)
+        self.model.stages = (Stage(), *model.stages[1:])
+
+
+@pytest.fixture(scope="module")
+def backbone() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp().eval()
+
+
+def counting(backbone: nn.Module) -> Counting:
+    if backbone not in SPLIT:  # tracing takes longer than all the rest
+        SPLIT[backbone] = split(backbone, X[:4])
+    return Counting(SPLIT[backbone])
+
+
+def run(
+    counted: Counting,
+    stream: Iterable[object] | Recording,
+    certify: Iterable[object] | None = None,
+    *,
+    seed: int = 0,
+    workdir: Path | None = None,
+    time_limit_s: float | None = None,
+) -> Recording:
+    return record(
+        counted.model, Classification(), stream, certify, seed=seed, workdir=workdir, time_limit_s=time_limit_s
+    )
+
+
+def then(error: BaseException, *batches: Tensor) -> Iterator[Tensor]:
+    yield from batches
+    raise error
+
+
+def same(one: Recording, other: Recording) -> bool:
+    return (
+        one.keys_N.tobytes() == other.keys_N.tobytes()
+        and np.array_equal(one.part_N, other.part_N)
+        and np.array_equal(one.logits_NC, other.logits_NC)
+        and all(np.array_equal(a, b) for a, b in zip(one.features, other.features, strict=True))
+    )
+
+
+def test_records_answers_and_half_precision_features(backbone: nn.Module) -> None:
+    recorded = run(counting(backbone), [(X[:300], torch.arange(300)), (X[300:], torch.arange(300, 400))])
+    with torch.no_grad():
+        assert np.allclose(recorded.logits_NC, backbone(X).numpy(), atol=1e-5)
+    assert {feature.dtype for feature in recorded.features} == {np.dtype(np.float16)}
+    assert recorded.label_N is not None
+    assert recorded.label_N.tolist() == list(range(400))
+    shares = [len(recorded.index(part)) / 400 for part in (TRAIN, TUNE, CERTIFY)]
+    assert shares == pytest.approx([0.6, 0.15, 0.25], abs=0.08)
+
+
+def test_duplicates_are_never_on_two_sides(backbone: nn.Module) -> None:
+    recorded = run(counting(backbone), [X, X])
+    assert np.array_equal(recorded.part_N[:400], recorded.part_N[400:])
+    separate = run(counting(backbone), [X], [torch.cat([X[:50], OTHER])])
+    assert separate.dropped_duplicates == 50
+    train, held_out = separate.keys_N[separate.part_N == TRAIN], separate.keys_N[separate.part_N != TRAIN]
+    assert (len(train), len(held_out)) == (400, 300)
+    assert not set(train.tolist()) & set(held_out.tolist())
+
+
+def test_dealt_again_moves_only_held_out_rows_and_keeps_their_shares(backbone: nn.Module) -> None:
+    recorded = run(counting(backbone), [X])
+    for seed in (0, 1):
+        again = recorded.dealt_again(seed)
+        assert np.array_equal(again.index(TRAIN), recorded.index(TRAIN))
+        assert len(again.index(TUNE)) / (len(again.index(TUNE)) + len(again.index(CERTIFY))) == pytest.approx(
+            0.35, abs=0.15
+        )
+    assert not np.array_equal(again.part_N, recorded.part_N)
+
+
+def test_without_a_workdir_no_file_has_a_name(
+    backbone: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen: list[list[str]] = []
+
+    def watching() -> Iterator[Tensor]:
+        for batch in X.split(100):
+            yield batch
+            seen.append(os.listdir(tmp_path))
+
+    run(counting(backbone), watching())
+    assert seen == [[]] * 4
+
+
+@pytest.mark.parametrize("use_workdir", [False, True])
+def test_a_broken_stream_keeps_what_was_recorded_and_resumes(
+    backbone: nn.Module,
+    tmp_path: Path,
+    use_workdir: bool,  # noqa: FBT001
+) -> None:
+    workdir = tmp_path if use_workdir else None
+    whole = run(counting(backbone), X.split(50))
+    with pytest.raises(StreamError, match="broke at batch 3: ValueError: torn. Recording stopped after 150") as caught:
+        run(counting(backbone), then(ValueError("torn"), *X[:150].split(50)), workdir=workdir)
+    recorded = caught.value.recorded
+    assert isinstance(recorded, Recording)
+    assert np.array_equal(recorded.logits_NC, whole.logits_NC[:150])
+    again = counting(backbone)
+    if use_workdir:
+        assert same(run(again, X.split(70), workdir=workdir), whole)
+        assert again.rows == 250
+    else:
+        assert run(again, recorded) is recorded
+        assert again.rows == 0
+
+
+def test_an_interruption_is_still_a_keyboard_interrupt(backbone: nn.Module) -> None:
+    with pytest.raises(KeyboardInterrupt, match="error.recorded") as caught:
+        run(counting(backbone), then(KeyboardInterrupt(), X[:128]))
+    assert isinstance(caught.value, RecordingInterrupted)
+    assert len(caught.value.recorded) == 128
+
+
+def test_a_recording_taken_over_gets_the_certification_stream(backbone: nn.Module) -> None:
+    with pytest.raises(StreamError) as caught:
+        run(counting(backbone), [X], then(ValueError(), OTHER[:100]))
+    recorded = caught.value.recorded
+    assert isinstance(recorded, Recording)
+    again = counting(backbone)
+    assert same(run(again, recorded, [OTHER]), run(counting(backbone), [X], [OTHER]))
+    assert again.rows == 200
+
+
+def test_a_recording_of_another_backbone_is_refused(backbone: nn.Module) -> None:
+    recorded = run(counting(backbone), [X])
+    with pytest.raises(InputError, match="made with another backbone"):
+        run(counting(mlp().eval()), recorded)
+
+
+def test_inputs_the_backbone_fails_on_keep_what_was_recorded(backbone: nn.Module) -> None:
+    with pytest.raises(StreamError, match="fails on inputs near number 400: InputError: .*expected") as caught:
+        run(counting(backbone), [X], [OTHER[:, :5]])
+    assert len(caught.value.recorded) == 400  # type: ignore[arg-type]
+    with pytest.raises(StreamError, match="answers NaN or infinity"):
+        run(counting(backbone), [X, X * 3e38])
+
+
+def test_an_empty_stream(backbone: nn.Module) -> None:
+    with pytest.raises(StreamError, match="the stream is empty"):
+        run(counting(backbone), [])
+
+
+@pytest.mark.parametrize("use_workdir", [False, True])
+def test_a_full_disk_keeps_what_was_recorded(
+    backbone: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use_workdir: bool,  # noqa: FBT001
+) -> None:
+    written = module._write_all
+    calls = 0
+
+    def fills_up(file: object, data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 13:
+            written(file, data[: len(data) // 2])  # type: ignore[arg-type]
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(file, data)  # type: ignore[arg-type]
+
+    workdir = tmp_path if use_workdir else None
+    whole = run(counting(backbone), [X])
+    monkeypatch.setattr(module, "_write_all", fills_up)
+    with pytest.raises(StorageError, match="No space left on device.*Free some space") as caught:
+        run(counting(backbone), [X], workdir=workdir)
+    recorded = caught.value.recorded
+    assert isinstance(recorded, Recording)
+    assert np.array_equal(recorded.logits_NC, whole.logits_NC[:128])
+    if use_workdir:
+        monkeypatch.undo()
+        again = counting(backbone)
+        assert same(run(again, [X], workdir=workdir), whole)
+        assert again.rows == 272
+        assert np.array_equal(recorded.logits_NC, whole.logits_NC[:128])  # the first call's is still readable
+
+
+def test_a_workdir_that_cannot_be_made(backbone: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="could not write the recording to"):
+        run(counting(backbone), [X], workdir=tmp_path / "file")
+
+
+def test_a_stream_in_another_order_or_cut_short_is_refused(backbone: nn.Module, tmp_path: Path) -> None:
+    run(counting(backbone), [X], workdir=tmp_path)
+    with pytest.raises(StreamError, match=r"differs from the one recorded .*input 0 onwards.*Switch shuffling off"):
+        run(counting(backbone), [X.flip(0)], workdir=tmp_path)
+    with pytest.raises(StreamError, match="ends after 100 inputs"):
+        run(counting(backbone), [X[:100]], workdir=tmp_path)
+
+
+def test_what_does_not_belong_to_this_call_is_recorded_afresh(backbone: nn.Module, tmp_path: Path) -> None:
+    run(counting(backbone), [X], workdir=tmp_path)
+    torch.manual_seed(5)
+    for counted, seed in ((counting(mlp().eval()), 0), (counting(backbone), 3)):
+        assert len(run(counted, [X], seed=seed, workdir=tmp_path)) == 400
+        assert counted.rows == 400
+
+
+@pytest.mark.parametrize("damage", ["short column", "broken journal"])
+def test_damaged_files_are_recorded_afresh(backbone: nn.Module, tmp_path: Path, damage: str) -> None:
+    whole = run(counting(backbone), [X], workdir=tmp_path)
+    whole_logits = np.array(whole.logits_NC)
+    folder = tmp_path / "recording"
+    if damage == "short column":
+        os.remove(folder / "logits.bin")
+    else:
+        (folder / "journal.json").write_text('{"rows": 4')
+    counted = counting(backbone)
+    assert np.array_equal(run(counted, [X], workdir=tmp_path).logits_NC, whole_logits)
+    assert counted.rows == 400
+
+
+def test_rows_behind_the_journal_are_cut_off(backbone: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(RecordingInterrupted):
+        run(counting(backbone), then(KeyboardInterrupt(), X[:128]), workdir=tmp_path)
+    for name in ("logits", "part", "consumed_stream"):
+        with (tmp_path / "recording" / f"{name}.bin").open("ab") as file:
+            file.write(b"torn")
+    assert same(run(counting(backbone), [X], workdir=tmp_path), run(counting(backbone), [X]))
+
+
+def test_a_stream_cut_by_time_is_not_read_further_on_resuming(backbone: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(RecordingInterrupted) as caught:
+        certify = then(KeyboardInterrupt(), torch.cat([X[:10], OTHER[:90]]))
+        run(counting(backbone), X.split(100), certify, workdir=tmp_path, time_limit_s=0)
+    assert len(caught.value.recorded) == 190
+    again = counting(backbone)
+    certify = iter([torch.cat([X[:10], OTHER])])
+    recorded = run(again, X.split(100), certify, workdir=tmp_path)
+    assert len(recorded) == 400
+    assert again.rows == 210
+    assert recorded.dropped_duplicates == 10
+
+
+def test_copies_are_asked_once_and_free_augmentations_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(60, 3, 16, 16)
+    model = ResidualNet(width=4).eval()
+    monkeypatch.setattr(module, "ASKED_ROWS", 80)
+    first = Counting(split(model, images[:4]))
+    recorded = run(first, [images], workdir=tmp_path)
+    copies = recorded.counts()["augmented_copies"]
+    assert copies == 80 // len(recorded.index(TRAIN)[recorded.copy_N[recorded.index(TRAIN)] == 0]) * (
+        len(recorded.index(TRAIN)) - copies
+    )
+    assert not (recorded.copy_N[recorded.part_N != TRAIN]).any()
+    again = Counting(split(model, images[:4]))
+    resumed = run(again, [images], workdir=tmp_path)
+    assert again.rows == 0
+    assert same(resumed, recorded)
+    assert resumed.free_augmentations == recorded.free_augmentations
