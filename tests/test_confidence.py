@@ -51,7 +51,7 @@ def test_bad_logits_reach_no_threshold(name: str, bad: float) -> None:
 def test_scores_of_a_row_do_not_depend_on_the_others() -> None:
     x, read = logits(), logits(classes=4, scale=1.0)
     for score in (*CONFIDENCES.values(), lambda rows: statistics(rows, read[: len(rows)])[:, -1]):
-        torch.testing.assert_close(score(x)[:3], score(x[:3]))
+        torch.testing.assert_close(score(x)[:3], score(x[:3]))  # type: ignore[no-untyped-call]
 
 
 def test_statistics_by_hand() -> None:

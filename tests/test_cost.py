@@ -70,7 +70,7 @@ class FakeSplit:
     def flatten(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch.args
 
-    def activation(self, position: int, live: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def activation(self, position: int, live: tuple[Tensor, ...]) -> Tensor:
         return live[0]
 
 
@@ -85,7 +85,7 @@ class Cache(nn.Module):
         logits: Tensor = self.head(activation)
         return logits if read_logits is None else logits + read_logits
 
-    def confidence(self, logits: Tensor, read_logits: Tensor | None) -> Tensor:  # noqa: ARG002
+    def confidence(self, logits: Tensor, read_logits: Tensor | None) -> Tensor:
         return logits.softmax(-1).amax(-1)
 
 

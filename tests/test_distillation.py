@@ -21,7 +21,7 @@ from offramp.caches.learned import Reduction
 from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, distillation_loss, graceful_stop, train
 from offramp.recording import Recording
 
-FEATURES, CLASSES, ROWS = 8, 3, 400
+FEATURES, CLASSES, ROWS = 8, 3, 2000
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,12 @@ def learn(cache: LearnedCache, recording: Recording, rows: int = 6000, **changed
     }
     read_NC = arguments.pop("read_NC", None)
     recipe = Recipe(rows=rows, batch_size=50, learning_rate=1e-2)
-    return train(cache, recording, 0, np.arange(300), read_NC, recipe, **arguments)
+    return train(cache, recording, 0, np.arange(1600), read_NC, recipe, **arguments)
 
 
 def agreement(cache: LearnedCache, recording: Recording) -> float:
     """On the rows that training did not see."""
-    fresh = np.arange(300, ROWS)
+    fresh = np.arange(1600, ROWS)
     logits = cache_logits(cache, recording, 0, fresh, None, torch.device("cpu"))
     return float((logits.argmax(1).numpy() == recording.logits_NC[fresh].argmax(1)).mean())
 
@@ -96,8 +96,8 @@ def test_a_cache_learns_an_easy_teacher(recording: Recording) -> None:
     assert agreement(cache, recording) > max(0.9, before + 0.2)
     assert log.steps == 120
     assert progress.done == pytest.approx(1)
-    untrained = cache_logits(make().eval(), recording, 0, np.arange(300), None, torch.device("cpu"))
-    assert log.final_loss < 0.3 * distillation_loss(untrained, torch.from_numpy(recording.logits_NC[:300]), 2.0)
+    untrained = cache_logits(make().eval(), recording, 0, np.arange(1600), None, torch.device("cpu"))
+    assert log.final_loss < 0.3 * distillation_loss(untrained, torch.from_numpy(recording.logits_NC[:1600]), 2.0)
     assert not cache.training
     assert cache.folded
     assert not any(parameter.requires_grad for parameter in cache.parameters())
@@ -116,9 +116,9 @@ def test_a_reading_cache_is_given_the_rows_of_its_batch(recording: Recording) ->
     cache = make(reads="first")
     read_NC = torch.from_numpy(recording.logits_NC)
     log = learn(cache, recording, rows=3000, read_NC=read_NC)
-    rows = np.arange(300, ROWS)
-    logits = cache_logits(cache, recording, 0, rows, read_NC[300:], torch.device("cpu"))
-    assert float((logits.argmax(1) == read_NC[300:].argmax(1)).double().mean()) > 0.9
+    rows = np.arange(1600, ROWS)
+    logits = cache_logits(cache, recording, 0, rows, read_NC[1600:], torch.device("cpu"))
+    assert float((logits.argmax(1) == read_NC[1600:].argmax(1)).double().mean()) > 0.9
     assert math.isfinite(log.final_loss)
 
 

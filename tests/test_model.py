@@ -499,7 +499,7 @@ BROKEN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
     "too few rows": (lambda x: torch.zeros(len(x) - 1, 5), lambda x: torch.ones(len(x) - 1)),
     "confidence per class": (say_class(0), lambda x: torch.ones(len(x), 5)),
     "one confidence": (say_class(0), lambda _: torch.tensor(1.0)),
-    "no tensor": (lambda _: None, constant(1.0)),  # type: ignore[arg-type, return-value]
+    "no tensor": (lambda _: None, constant(1.0)),  # type: ignore[dict-item, return-value]
 }
 
 

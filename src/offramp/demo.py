@@ -165,7 +165,7 @@ def train_backbone(part: tuple[Tensor, Tensor], *, epochs: int, seed: int) -> Di
                     model(_varied(images[rows], generator)), labels[rows], label_smoothing=0.05
                 )
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
             running.advance()
@@ -194,7 +194,7 @@ def _batches(tensor: Tensor) -> list[Tensor]:
 
 
 def _parts_of(tensor: Tensor, sizes: int | list[int]) -> list[Tensor]:
-    return list(tensor.split(sizes))  # type: ignore[no-untyped-call]
+    return list(tensor.split(sizes))
 
 
 def _save(folder: Path, backbone: DigitsNet, evaluate: tuple[Tensor, Tensor]) -> None:

@@ -99,8 +99,7 @@ def train(
     read_NC: logits of the cache it reads, for every recorded row, or None. Raises nothing on Ctrl-C: ends early, the
     schedule being cut short.
     """
-    torch.manual_seed(seed)
-    cache.to(device, memory_format=torch.channels_last).train()
+    cache.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     cache.prepare(_as_input(recording.features[position][np.sort(rows[:PREPARE_ROWS])]).to(device))
     rows_seen = _Rows(rows, recipe.batch_size, seed)
     total = max(1, recipe.rows // recipe.batch_size)
@@ -114,8 +113,9 @@ def train(
             done = max(done, (time.monotonic() - started) / time_limit_s)
         if done >= 1 or stop.requested:
             break
+        rate = recipe.learning_rate * _schedule(done, recipe.warm_up)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(done, recipe.warm_up)
+            group["lr"] = rate
         index = rows_seen.next()
         feature = _as_input(recording.features[position][index]).to(device)
         for name in free:
@@ -124,7 +124,7 @@ def train(
         logits_BC = cache.from_feature(feature, None if read_NC is None else read_NC[index].to(device))
         loss = distillation_loss(logits_BC, target_BC, recipe.temperature)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(cache.parameters(), 5.0)
         optimizer.step()
         losses.append(float(loss.detach()))

@@ -161,7 +161,7 @@ def learn(
     )
     clock.lap("record")
     _check_enough(recording, tolerance, confidence_level)
-    with _keeping(recording), _seeded(seed, split_model.device), graceful_stop() as stop:
+    with _keeping(recording), graceful_stop() as stop:
         search = Search(
             split_model,
             chosen_task,
@@ -414,22 +414,9 @@ def _keeping(recording: Recording) -> Iterator[None]:
     except KeyboardInterrupt:
         message = "interrupted after recording; fit() accepts `error.recorded` in place of the stream."
         raise RecordingInterrupted(message, recording) from None
-    except OSError as error:
-        raised = StorageError(
-            f"could not keep what was learned: {error}. Free some space, or choose another `workdir=`; fit() accepts "
-            "`error.recorded` in place of the stream."
-        )
-        raised.recorded = recording
-        raise raised from error
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within: torch draws from `seed`. Afterwards the caller's own random numbers go on where they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+    except StorageError as error:
+        error.recorded = recording
+        raise
 
 
 class _Clock:

@@ -89,7 +89,7 @@ class Cut:
 
 
 def _sdpa_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _rnn_flops(inputs: Any, weight: Any, recurrent: Any, *_: Any, **__: Any) -> int:

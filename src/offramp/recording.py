@@ -194,7 +194,7 @@ class _Recorder:
         except KeyboardInterrupt:
             raise RecordingInterrupted(self._kept_message("interrupted"), self.finish()) from None
         except (StreamError, StorageError) as error:
-            raised = type(error)(f"{error} {self._kept_message('stopped')}".strip())
+            raised = type(error)(f"{str(error).rstrip('.')}. {self._kept_message('stopped')}".strip())
             raised.recorded = self.finish() if self.rows else None
             raise raised from error
 

@@ -13,6 +13,7 @@ elsewhere (`placement`), jointly with the thresholds; a cache trained in vain co
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from offramp.caches import CacheShape, LearnedCache, build_cache
 from offramp.confidence import CONFIDENCES, Selector, auroc, statistics
 from offramp.cost import count_flops
 from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, train
+from offramp.errors import StorageError
 from offramp.placement import CacheCosts, plan_path
 from offramp.progress import bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
@@ -323,16 +326,20 @@ class Search:
         return best
 
     def _cache(self, point: SplitPoint, shape: CacheShape, reads: LearnedCache | None) -> LearnedCache:
-        return LearnedCache(
-            f"{point.name}/{shape.label}",
-            point.name,
-            shape,
-            tuple(point.shape),
-            self.classes,
-            reduction=self.recording.reductions[point.position],
-            vocabulary=self._vocabulary(point),
-            reads=None if reads is None else reads.name,
-        )
+        name = f"{point.name}/{shape.label}"
+        with torch.random.fork_rng(devices=[]):
+            # By its name, so that a resumed search, which skips some, begins each cache alike.
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:6], "little"))
+            return LearnedCache(
+                name,
+                point.name,
+                shape,
+                tuple(point.shape),
+                self.classes,
+                reduction=self.recording.reductions[point.position],
+                vocabulary=self._vocabulary(point),
+                reads=None if reads is None else reads.name,
+            )
 
     def _vocabulary(self, point: SplitPoint) -> int:
         if point.dtype.is_floating_point:
@@ -366,30 +373,38 @@ class Search:
 
     def _file(self, cache: LearnedCache) -> Path:
         assert self.store is not None
-        what = {"cache": cache.describe(), "rows": self.recording.counts(), "seed": self.seed}
-        del what["cache"]["folded"], what["cache"]["confidence"], what["cache"]["selector_features"]  # type: ignore[attr-defined]
+        later = ("folded", "confidence", "selector_features")  # decided after training
+        what = {
+            "backbone": self.split.fingerprint,
+            "data": self.recording.fingerprint(TRAIN),
+            "seed": self.seed,
+            "cache": {name: value for name, value in cache.describe().items() if name not in later},
+        }
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return self.store / f"{key}.safetensors"
 
     def _save(self, trained: Trained) -> None:
         if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
             return
-        self.store.mkdir(parents=True, exist_ok=True)
         file = self._file(trained.cache)
         state = {name: value.detach().cpu().contiguous() for name, value in trained.cache.state_dict().items()}
         state = {name: value for name, value in state.items() if not name.startswith("selector.")}
-        log = {"steps": trained.log.steps, "seconds": trained.log.seconds, "final_loss": trained.log.final_loss}
         temporary = file.with_suffix(".tmp")
-        save_file(state, temporary, {"log": json.dumps(log)})
-        temporary.replace(file)
+        try:
+            self.store.mkdir(parents=True, exist_ok=True)
+            save_file(state, temporary, {"log": json.dumps(dataclasses.asdict(trained.log))})
+            temporary.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"could not keep a trained cache in {self.store}: {error}. Free some space, or choose another "
+                "`workdir=`."
+            ) from error
 
     def _load(self, cache: LearnedCache) -> Trained | None:
         if self.store is None or not self._file(cache).exists():
             return None
-        from safetensors import safe_open
-
         file = self._file(cache)
-        with safe_open(file, "pt") as header:  # type: ignore[no-untyped-call]
+        with safe_open(file, "pt") as header:
             log = TrainingLog(**json.loads(header.metadata()["log"]))
         ready = build_cache(cache.describe() | {"folded": True, "selector_features": None, "confidence": "max_softmax"})
         ready.load_state_dict(load_file(file))

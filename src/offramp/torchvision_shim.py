@@ -61,10 +61,10 @@ def _forget(package: str) -> None:
 
 
 def _define_operators() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        library.define(f"{name}{_SCHEMA}")  # type: ignore[no-untyped-call]
-    library.impl("nms", nms, "CPU")  # type: ignore[no-untyped-call]
+        library.define(f"{name}{_SCHEMA}")
+    library.impl("nms", nms, "CPU")
     return library
 
 

@@ -318,7 +318,7 @@ class _Whitening(nn.Module):
     def __init__(self, channels: int, *, kernel: int, stride: int) -> None:
         super().__init__()
         self.stride, self.kernel = stride, kernel
-        self.register_buffer("weight", torch.zeros(WHITENED, channels, kernel, kernel))
+        self.register_buffer("weight", nn.init.kaiming_normal_(torch.empty(WHITENED, channels, kernel, kernel)))
         self.bias = nn.Parameter(torch.zeros(WHITENED))
 
     def forward(self, images: Tensor) -> Tensor:
