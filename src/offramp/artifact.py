@@ -129,7 +129,7 @@ def _manifest(cached: CachedModel, weights: bytes) -> dict[str, Any]:
 
 
 def _tensors(cached: CachedModel) -> dict[str, Tensor]:
-    """State of each cache under `caches.<position>.`, inputs under `example.args.` and `example.kwargs.`."""
+    """State of each cache under `caches.<position>.`, inputs under `example.args.` and `example.kwargs.`"""
     tensors = {
         f"caches.{position}.{key}": value
         for position, cache in enumerate(cached.caches)
@@ -137,7 +137,8 @@ def _tensors(cached: CachedModel) -> dict[str, Tensor]:
     }
     example = cached.split_model.example.rows(slice(0, EXAMPLE_ROWS))
     tensors |= {f"example.args.{position}": value for position, value in enumerate(example.args)}
-    tensors |= {f"example.kwargs.{name}": value for name, value in example.kwargs.items()}
+    # Numbered, because safetensors does not keep the order of its tensors and tracing depends on it.
+    tensors |= {f"example.kwargs.{i}.{name}": value for i, (name, value) in enumerate(example.kwargs.items())}
     # safetensors refuses tensors that share memory; a copy of each shares none.
     return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
@@ -331,17 +332,14 @@ def _is_kept(name: str, artefact: str) -> bool:
 
 
 def _example(tensors: Mapping[str, Tensor]) -> Batch:
-    positional = sorted(
-        (int(key.removeprefix("example.args.")), value)
-        for key, value in tensors.items()
-        if key.startswith("example.args.")
-    )
-    named = {
-        key.removeprefix("example.kwargs."): value
-        for key, value in tensors.items()
-        if key.startswith("example.kwargs.")
-    }
-    return Batch(tuple(value for _, value in positional), named)
+    positional, named = {}, {}
+    for key, value in tensors.items():
+        if key.startswith("example.args."):
+            positional[int(key.removeprefix("example.args."))] = value
+        elif key.startswith("example.kwargs."):
+            number, name = key.removeprefix("example.kwargs.").split(".", 1)
+            named[int(number)] = (name, value)
+    return Batch(tuple(positional[i] for i in sorted(positional)), dict(named[i] for i in sorted(named)))
 
 
 def _split_again(
