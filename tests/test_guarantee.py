@@ -179,7 +179,8 @@ def disagreements(records: Records, path: tuple[Candidate, ...]) -> NDArray[np.b
 def real() -> tuple[Records, CacheCosts]:
     """Recorded caches of a ResNet-18 on CIFAR-10 images that neither it nor its caches were trained on.
 
-    The file holds `confidence` and `agreement` (N, K) and, in units of the backbone's cost, `before` and `cache` (K,).
+    The file holds `confidence` and `agreement` (N, K), `reads` (K,) and, in units of the backbone's cost, `before` and
+    `cache` (K,); `benchmarks/cifar10.py --records` makes it.
     """
     if not RECORDS.exists():
         pytest.skip(f"needs recorded traffic in tests/data/{RECORDS.name}")
@@ -188,7 +189,8 @@ def real() -> tuple[Records, CacheCosts]:
         nothing = np.zeros(agreement.shape, dtype=np.int64)
         confidence = stored["confidence"].astype(np.float32)
         costs = CacheCosts(stored["before"], stored["cache"])
-    return Records(confidence, nothing, agreement, nothing[:, 0], (-1,) * agreement.shape[1]), costs
+        reads_K = tuple(stored["reads"].tolist())
+    return Records(confidence, nothing, agreement, nothing[:, 0], reads_K), costs
 
 
 @pytest.mark.parametrize("replace", [True, False])
