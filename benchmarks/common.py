@@ -33,6 +33,10 @@ from offramp.recording import Recording
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 LEVEL = 0.95
+# Read when the run begins: the tree may move on while it lasts.
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+).stdout.strip()
 
 
 class Images:
@@ -146,13 +150,10 @@ def row(learned: Learned, held_out: Images, tolerance: float, seed: int, options
 
 def document(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """The rows with what is needed to read them: hardware, versions, date, commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": COMMIT,
         "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "options": {k: str(v) for k, v in vars(options).items()},
