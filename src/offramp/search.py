@@ -35,7 +35,7 @@ from offramp.cost import count_flops
 from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, train
 from offramp.errors import StorageError
 from offramp.placement import CacheCosts, plan_path
-from offramp.progress import bar
+from offramp.progress import Bar, bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
 from offramp.splitting import SplitModel, SplitPoint
 from offramp.tasks import Classification
@@ -44,6 +44,7 @@ from offramp.types import CostTable, Records
 STUDENT_SHARES = (0.04, 0.10)  # of the backbone's FLOPs
 TRUNK_SHARE = 0.015
 MAX_TRUNKS = 2
+MAX_POINTS = 12  # split points that get pooled caches
 MIN_PASSES = 5  # over the training inputs; a second student that cannot have as many leaves its time to the first
 ROUND_SHARES = {"students": 0.68, "pooled": 0.10, "trunks": 0.22}  # of the time for training
 MIN_WIDTH, MAX_WIDTH = 8, 192
@@ -128,7 +129,9 @@ class Search:
         return students if needed_s <= limit_s else students[:1]
 
     def _pooled(self, reader: Trained | None) -> Iterator[LearnedCache]:
-        for point in self.split.points[0 if reader is None else 1 :]:
+        points = self.split.points[0 if reader is None else 1 :]
+        chosen = {round(k) for k in np.linspace(0, len(points) - 1, MAX_POINTS)}  # evenly, where there are many
+        for point in (point for k, point in enumerate(points) if k in chosen):
             if not point.dtype.is_floating_point:
                 continue
             width = 64 if point.depth < 0.5 else 32
@@ -165,13 +168,7 @@ class Search:
         if oracle is not None:
             confidence_NK = records.confidence_NK.copy()
             confidence_NK[:, oracle] = records.agreement_NK[:, oracle]
-            records = Records(
-                confidence_NK,
-                records.answer_NK,
-                records.agreement_NK,
-                records.backbone_answer_N,
-                records.reads_K,
-            )
+            records = dataclasses.replace(records, confidence_NK=confidence_NK)
         path = plan_path(records, self._estimated_costs(self._ordered()), self.tolerance, prices=20)
         return path[-1].cost
 
@@ -210,7 +207,7 @@ class Search:
                 if trained.log.steps:
                     self.trained.append(trained)
 
-    def _train(self, cache: LearnedCache, limit_s: float | None, progress: object) -> Trained:
+    def _train(self, cache: LearnedCache, limit_s: float | None, progress: Bar) -> Trained:
         position = self._position(cache)
         # The head's width changes with what it reads; the read logits were recorded when that cache was trained.
         read = None if cache.reads is None else self._named(cache.reads)
@@ -225,7 +222,7 @@ class Search:
             time_limit_s=limit_s,
             device=self.split.device,
             stop=self.stop,
-            progress=progress,  # type: ignore[arg-type]
+            progress=progress,
         )
         trained = self._judge(cache, position, log)
         self._save(trained)
