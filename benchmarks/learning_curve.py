@@ -1,7 +1,8 @@
 """Certified saving at 1 % against the number of unlabelled inputs: ResNet-18 on CIFAR-10.
 
 Caches are trained on the first 500, 2,000 or 10,000 training images, all of one recording; the certification stream
-(5,000 test images) and the 2,500 images evaluated on are those of cifar10.py, whose rows at 1 % are the point for 50,000.
+(5,000 test images) and the 2,500 images evaluated on are those of cifar10.py, whose rows at 1 % are the point for
+50,000.
 `--time-budget` is per size and for the training alone. No augmented copies are asked for here, which fit() would do
 for the two smaller sizes.
 
