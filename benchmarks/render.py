@@ -83,8 +83,8 @@ def candidates(row: dict[str, Any]) -> str:
         best = max((value for value in cache["auroc"].values() if value is not None), default=float("nan"))
         lines.append(
             f"| `{cache['name']}` | {100 * cache['agreement']:.1f} % | {best:.3f} | "
-            f"{100 * cache['flops_share']:.2f} %"
-            f"| {cache['bytes'] / 1024:.0f}"
+            f"{100 * cache['flops_share']:.2f} % "
+            f"| {cache['bytes'] / 1024:.0f} "
             f"| {cache['training']['seconds']:.0f} | {'yes' if cache['enabled'] else ''} |"
         )
     return "\n".join(lines)
