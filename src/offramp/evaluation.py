@@ -17,7 +17,7 @@ from offramp.errors import StreamError
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts, oracle_cost
 from offramp.progress import bar
-from offramp.streams import Batch, read_stream
+from offramp.streams import Batch, concatenated, read_stream
 from offramp.types import Evaluation, LatencyRatio
 
 KEPT_ROWS = 512  # rows that latency is measured on, cycled through
@@ -44,7 +44,7 @@ def evaluate(
             running.advance(len(batch))
         if not tally.n:
             raise StreamError("the stream to evaluate on is empty: it yielded no inputs")
-        latency = compare_latency(cached, tally.sample(), batch_sizes, latency_budget_s)
+        latency = compare_latency(cached, concatenated(tally.kept), batch_sizes, latency_budget_s)
     return tally.evaluation(latency)
 
 
@@ -119,12 +119,6 @@ class _Tally:
             self.kept.append(batch)
         self.n += len(batch)
         self.bypassed += len(batch) if cached.bypasses(len(batch)) else 0
-
-    def sample(self) -> Batch:
-        """The first rows of the stream as one batch."""
-        args = tuple(torch.cat(column) for column in zip(*(batch.args for batch in self.kept), strict=True))
-        names = list(self.kept[0].kwargs)
-        return Batch(args, {name: torch.cat([batch.kwargs[name] for batch in self.kept]) for name in names})
 
     def evaluation(self, latency: tuple[LatencyRatio, ...]) -> Evaluation:
         cached, task = self.cached, self.cached.task

@@ -83,7 +83,6 @@ def fit(
     Raises InputError, SplitError, StreamError or StorageError; the last two, and the KeyboardInterrupt of a Ctrl-C that
     stops the fit, have as `recorded` what was recorded until then. The backbone is left as it was.
     """
-    check_levels(tolerance, confidence_level)
     learned = learn(
         backbone,
         stream,

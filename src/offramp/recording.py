@@ -37,7 +37,7 @@ from offramp.caches.learned import Reduction
 from offramp.errors import InputError, StorageError, StreamError
 from offramp.progress import bar
 from offramp.splitting import SplitModel
-from offramp.streams import Batch, check_stream, read_stream
+from offramp.streams import Batch, check_stream, concatenated, read_stream
 from offramp.tasks import Classification
 from offramp.types import version
 
@@ -430,7 +430,7 @@ class _Recorder:
             label_N=np.array(maps["label"]) if self.state.labelled and self.rows else None,
             keys_N=np.array(maps.get("key", np.zeros(0, "V16"))),
             dropped_duplicates=self.state.dropped,
-            sample=_concatenated(self.sample) if self.sample else self.split.example,
+            sample=concatenated(self.sample) if self.sample else self.split.example,
             free_augmentations=self.state.free or (),
             backbone=self.split.fingerprint,
             separate=self.separate,
@@ -579,12 +579,6 @@ def _part(key: bytes, seed: int, shares: Sequence[float]) -> int:
 def _storable(feature: Tensor) -> NDArray[Any]:
     stored: NDArray[Any] = (feature if feature.is_floating_point() else feature.to(torch.int32)).cpu().numpy()
     return stored
-
-
-def _concatenated(batches: Sequence[Batch]) -> Batch:
-    args = tuple(torch.cat(column) for column in zip(*(batch.args for batch in batches), strict=True))
-    names = list(batches[0].kwargs)
-    return Batch(args, {name: torch.cat([batch.kwargs[name] for batch in batches]) for name in names})
 
 
 def _write_all(file: IO[bytes], data: bytes) -> None:

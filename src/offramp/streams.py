@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,13 @@ def as_batch(raw: object, backbone: nn.Module | None = None) -> Batch:
             f"{_name(labels.dtype)} for {len(batch)} rows. Leave labels of another kind out: they are not needed."
         )
     return batch
+
+
+def concatenated(batches: Sequence[Batch]) -> Batch:
+    """The rows of all these batches as one, without labels."""
+    args = tuple(torch.cat(column) for column in zip(*(batch.args for batch in batches), strict=True))
+    names = list(batches[0].kwargs)
+    return Batch(args, {name: torch.cat([batch.kwargs[name] for batch in batches]) for name in names})
 
 
 def check_stream(stream: object) -> None:

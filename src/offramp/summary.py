@@ -44,6 +44,7 @@ class Findings:
 def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Findings) -> dict[str, Any]:
     """The document's parts, JSON throughout; `costs` covers all candidates. tests/test_report.py shows its form."""
     backbone = search.split.backbone
+    leaves = _leaves(search, cached, found)
     return {
         "offramp": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -56,10 +57,10 @@ def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Find
         "points": [
             {"name": point.name, "shape": list(point.shape), "depth": point.depth} for point in search.split.points
         ],
-        "leaves": _leaves(search, cached, found),
+        "leaves": leaves,
         "cost": {
             "estimated_share": cached.plan.estimated_cost,
-            "flops_share": _flops_share(search, cached, found),
+            "flops_share": float(sum(leaf["share"] * leaf["cost"] for leaf in leaves)),
             "measured": [
                 {"batch_size": ratio.batch_size, "full_ms": ratio.full_mean_ms, "cached_ms": ratio.cached_mean_ms}
                 for ratio in found.latency
@@ -105,10 +106,6 @@ def _leaves(search: Search, cached: CachedModel, found: Findings) -> list[dict[s
         {"name": name, "point": point, "share": float(s), "cost": float(c)}
         for name, point, s, c in zip(cached.exits, points, share, cost, strict=True)
     ]
-
-
-def _flops_share(search: Search, cached: CachedModel, found: Findings) -> float:
-    return float(sum(leaf["share"] * leaf["cost"] for leaf in _leaves(search, cached, found)))
 
 
 def _caches(search: Search, costs: CostTable, found: Findings) -> list[dict[str, Any]]:
