@@ -22,7 +22,7 @@ from offramp.recording import CERTIFY, TUNE
 
 
 def keep_records(learned: Learned, file: Path) -> None:
-    parts = [learned.search.records(learned.trained, part) for part in (TUNE, CERTIFY)]
+    parts = [learned.candidates.records(learned.trained, part) for part in (TUNE, CERTIFY)]
     before, cache = shares(learned.costs, weight_flops=WEIGHT_FLOPS)
     np.savez_compressed(
         file,

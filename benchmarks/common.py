@@ -87,7 +87,7 @@ def arguments(description: str | None, *, records: bool = False) -> argparse.Nam
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.005, 0.01, 0.02])
-    parser.add_argument("--time-budget", type=float, default=1150, help="seconds for one fit (default 1150)")
+    parser.add_argument("--time-budget", type=float, default=1000, help="seconds for one fit (default 1000)")
     parser.add_argument("--latency-budget", type=float, default=10, help="seconds per latency comparison (default 10)")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     if records:
@@ -115,7 +115,7 @@ def fits(
             progress=sys.stderr.isatty(),
         )
         if recorded is None:
-            recorded, record_s = learned.search.recording, learned.seconds["record"]
+            recorded, record_s = learned.candidates.recording, learned.seconds["record"]
         learned.seconds["record"] = record_s
         print(f"seed {seed}: learned in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         yield seed, learned

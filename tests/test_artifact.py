@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from offramp import artifact
 from offramp.artifact import load, save
-from offramp.caches import CacheShape, LearnedCache
-from offramp.caches.learned import Reduction
+from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.confidence import Selector
 from offramp.errors import ArtifactError, InputError, StorageError
 from offramp.model import CachedModel

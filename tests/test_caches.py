@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.caches import CacheShape, LearnedCache, build_cache, reduction_for
-from offramp.caches.learned import FEATURE_LIMIT, HALF_MAX, Reduction
+from offramp.caches.reduction import FEATURE_LIMIT, HALF_MAX, Reduction
 from offramp.confidence import Selector
 
 CLASSES, VOCABULARY = 5, 30

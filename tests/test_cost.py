@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offramp import cost
-from offramp.caches import CacheShape, LearnedCache
-from offramp.caches.learned import Reduction
+from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.cost import (
     CompactionRule,
     compaction_rule,

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp import distillation
-from offramp.caches import CacheShape, LearnedCache
-from offramp.caches.learned import Reduction
+from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, distillation_loss, graceful_stop, train
 from offramp.recording import Recording
 

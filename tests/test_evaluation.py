@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offramp.caches import CacheShape, LearnedCache
-from offramp.caches.learned import Reduction
+from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.calibration import interval
 from offramp.errors import StreamError
 from offramp.evaluation import compare_latency, evaluate

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from offramp import fitting
 from offramp.caches import CacheShape
+from offramp.candidates import Candidates
 from offramp.distillation import Recipe
 from offramp.errors import InputError, SplitError, StreamError
 from offramp.fitting import fit
@@ -184,27 +185,27 @@ def test_a_stream_that_breaks_keeps_what_was_recorded(backbone: nn.Module) -> No
 
 def test_the_first_ctrl_c_ends_training_and_goes_on(backbone: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    inner = Search._train
+    inner = Candidates._train
 
-    def interrupting(self: Search, *arguments: object) -> object:
+    def interrupting(self: Candidates, *arguments: object) -> object:
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
         return inner(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Search, "_train", interrupting)
+    monkeypatch.setattr(Candidates, "_train", interrupting)
     cached = quick_fit(backbone)
     assert len(calls) == 2
     assert "interrupted" in cached.report()["advice"]
 
 
 def test_a_second_ctrl_c_stops_and_keeps_the_recording(backbone: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupting(self: Search, *arguments: object) -> None:
+    def interrupting(self: Candidates, *arguments: object) -> None:
         del self, arguments
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Search, "_train", interrupting)
+    monkeypatch.setattr(Candidates, "_train", interrupting)
     with pytest.raises(RecordingInterrupted) as caught:
         quick_fit(backbone)
     assert len(caught.value.recorded) > 300
@@ -221,13 +222,13 @@ def test_an_interrupted_fit_resumes_without_asking_the_backbone_again(
         with pytest.raises(KeyboardInterrupt):
             quick_fit(backbone, workdir=tmp_path)
     trained: list[CacheShape] = []
-    inner = Search._train
+    inner = Candidates._train
 
-    def counting(self: Search, cache: object, *arguments: object) -> object:
+    def counting(self: Candidates, cache: object, *arguments: object) -> object:
         trained.append(cache.shape)  # type: ignore[attr-defined]
         return inner(self, cache, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Search, "_train", counting)
+    monkeypatch.setattr(Candidates, "_train", counting)
     monkeypatch.setattr("offramp.recording._Recorder._run", lambda *_: pytest.fail("the backbone was asked again"))
     cached = quick_fit(backbone, workdir=tmp_path)
     assert all(shape.kind != "student" for shape in trained)

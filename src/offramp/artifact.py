@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from offramp.caches import LearnedCache, build_cache
+from offramp.caches import Cache, build_cache
 from offramp.cost import cost_from_json, cost_to_json
 from offramp.errors import ArtifactError, InputError, OfframpError, StorageError
 from offramp.model import CachedModel
@@ -119,7 +119,7 @@ def _manifest(cached: CachedModel, weights: bytes) -> dict[str, Any]:
         },
         "plan": cached.plan.to_json(),
         "certificate": cached.certificate.to_json(),
-        "caches": [cast(LearnedCache, cache).describe() for cache in cached.caches],
+        "caches": [cast(Cache, cache).describe() for cache in cached.caches],
         "costs": cost_to_json(cached.costs),
         "weights": {"file": WEIGHTS, "bytes": len(weights), "sha256": _sha256(weights)},
         "summary": cached.summary,
@@ -381,7 +381,7 @@ def _points(split_model: SplitModel) -> list[dict[str, Any]]:
 
 def _build_caches(
     folder: Path, descriptions: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
-) -> list[LearnedCache]:
+) -> list[Cache]:
     states = [_state(tensors, position) for position in range(len(descriptions))]
     known = sum(len(state) for state in states) + sum(key.startswith("example.") for key in tensors)
     if known != len(tensors):
@@ -390,7 +390,7 @@ def _build_caches(
         return [_build_cache(folder, d, s) for d, s in zip(descriptions, states, strict=True)]
 
 
-def _build_cache(folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> LearnedCache:
+def _build_cache(folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Cache:
     """One cache with its weights; their names and shapes must be just those that its description needs."""
     try:
         cache = build_cache(description)

@@ -42,6 +42,10 @@ class Recipe:
     temperature: float = 2.0
     warm_up: float = 0.2  # share of the schedule
 
+    @property
+    def steps(self) -> int:
+        return max(1, self.rows // self.batch_size)
+
 
 @dataclass(frozen=True)
 class TrainingLog:
@@ -99,41 +103,82 @@ def train(
     read_NC: logits of the cache it reads, for every recorded row, or None. Raises nothing on Ctrl-C: ends early, the
     schedule being cut short.
     """
-    cache.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    cache.prepare(_as_input(recording.features[position][np.sort(rows[:PREPARE_ROWS])]).to(device))
-    rows_seen = _Rows(rows, recipe.batch_size, seed)
-    total = max(1, recipe.rows // recipe.batch_size)
-    optimizer = torch.optim.AdamW(_parameter_groups(cache, recipe.weight_decay), lr=recipe.learning_rate)
-    free = recording.free_augmentations if position == 0 else ()
-    generator = torch.Generator().manual_seed(seed)
+    session = _Session(cache, recording, position, rows, read_NC, recipe, seed, device)
     started, losses = time.monotonic(), []
-    for step in range(total):
-        done = step / total
+    for step in range(recipe.steps):
+        done = step / recipe.steps
         if time_limit_s is not None:
             done = max(done, (time.monotonic() - started) / time_limit_s)
         if done >= 1 or stop.requested:
             break
-        rate = recipe.learning_rate * _schedule(done, recipe.warm_up)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        index = rows_seen.next()
-        feature = _as_input(recording.features[position][index]).to(device)
-        for name in free:
-            feature = AUGMENTATIONS[name](feature, generator)
-        target_BC = torch.from_numpy(recording.logits_NC[index]).to(device)
-        logits_BC = cache.from_feature(feature, None if read_NC is None else read_NC[index].to(device))
-        loss = distillation_loss(logits_BC, target_BC, recipe.temperature)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(cache.parameters(), 5.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        progress.advance(1 / total)
+        losses.append(session.step(done))
+        progress.advance(1 / recipe.steps)
     cache.eval()
     cache.fold()
     cache.requires_grad_(requires_grad=False)
     tail = losses[-max(1, len(losses) // 10) :]
     return TrainingLog(len(losses), time.monotonic() - started, float(np.mean(tail)) if tail else math.nan)
+
+
+def seconds_per_step(
+    cache: LearnedCache,
+    recording: Recording,
+    position: int,
+    rows: NDArray[np.intp],
+    read_NC: Tensor | None,
+    recipe: Recipe,
+    device: torch.device,
+) -> float:
+    """Measured time of one training step, the first being for warm-up; changes `cache`, so pass a copy."""
+    session = _Session(cache, recording, position, rows, read_NC, recipe, 0, device)
+    session.step(0.0)
+    started = time.monotonic()
+    session.step(0.0)
+    return time.monotonic() - started
+
+
+class _Session:
+    """Everything that one training keeps from step to step."""
+
+    def __init__(
+        self,
+        cache: LearnedCache,
+        recording: Recording,
+        position: int,
+        rows: NDArray[np.intp],
+        read_NC: Tensor | None,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.cache = cache.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.features, self.logits_NC, self.read_NC = recording.features[position], recording.logits_NC, read_NC
+        cache.prepare(_as_input(self.features[np.sort(rows[:PREPARE_ROWS])]).to(device))
+        self.rows = _Rows(rows, recipe.batch_size, seed)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(cache, recipe.weight_decay), lr=recipe.learning_rate)
+        self.augmentations = recording.free_augmentations if position == 0 else ()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.recipe, self.device, self.fast = recipe, device, has_fast_bfloat16(device)
+
+    def step(self, done: float) -> float:
+        """One step on the next batch, at this share of the schedule; its loss."""
+        rate = self.recipe.learning_rate * _schedule(done, self.recipe.warm_up)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        index = self.rows.next()
+        feature = _as_input(self.features[index]).to(self.device)
+        for name in self.augmentations:
+            feature = AUGMENTATIONS[name](feature, self.generator)
+        target_BC = torch.from_numpy(self.logits_NC[index]).to(self.device)
+        read_BC = None if self.read_NC is None else self.read_NC[index].to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
+            logits_BC = self.cache.from_feature(feature, read_BC)
+        loss = distillation_loss(logits_BC.float(), target_BC, self.recipe.temperature)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.cache.parameters(), 5.0)
+        self.optimizer.step()
+        return float(loss.detach())
 
 
 def distillation_loss(logits_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
@@ -144,6 +189,18 @@ def distillation_loss(logits_BC: Tensor, target_BC: Tensor, temperature: float) 
         log_target=True,
         reduction="batchmean",
     ) * (temperature**2)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 matrices in hardware; elsewhere it is slower than float32.
+
+    Only training uses it. What a cache says is recorded, certified and served in float32.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # the oldest torch that we support
+        return False
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def cache_logits(

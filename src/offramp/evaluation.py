@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.caches import LearnedCache
+from offramp.caches import Cache
 from offramp.calibration import interval
 from offramp.cost import flop_shares, synchronizer
 from offramp.errors import StreamError
@@ -158,7 +158,7 @@ def _full_answers(cached: CachedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     answers = []
     for position, stage in enumerate(split.stages):
         for module in cached.caches:
-            cache = cast(LearnedCache, module)
+            cache = cast(Cache, module)
             if cache.point == split.points[position].name:
                 read = None if cache.reads is None else said[cache.reads]
                 said[cache.name] = cache(split.activation(position, live), read)

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from offramp.behaviour import check_mode
 from offramp.calibration import Verdict, check_levels, inputs_needed
 from offramp.calibration import certify as certify_path
+from offramp.candidates import Candidates, Trained
 from offramp.cost import measure, measure_caches, shares
 from offramp.distillation import graceful_stop
 from offramp.errors import InputError, StorageError, StreamError
@@ -36,7 +37,7 @@ from offramp.recording import (
     RecordingInterrupted,
     record,
 )
-from offramp.search import Search, Trained
+from offramp.search import Search
 from offramp.splitting import split
 from offramp.streams import Batch, check_stream, read_stream
 from offramp.summary import Findings, summarise
@@ -108,7 +109,7 @@ def fit(
 class Learned:
     """The neural half of a fit: trained candidates and their measured costs. `choose` makes a model of it."""
 
-    search: Search
+    candidates: Candidates
     trained: list[Trained]
     costs: CostTable
     seconds: dict[str, float]
@@ -161,25 +162,25 @@ def learn(
     clock.lap("record")
     _check_enough(recording, tolerance, confidence_level)
     with _keeping(recording), graceful_stop() as stop:
-        search = Search(
+        candidates = Candidates(
             split_model,
             chosen_task,
             recording,
             costs,
-            tolerance=tolerance,
             seed=seed,
             deadline=None if time_budget_s is None else started + time_budget_s * (1 - CLOSING_SHARE),
             stop=stop,
             workdir=folder,
             show=progress,
         )
-        trained = search.run()
+        Search(candidates, tolerance=tolerance).run()
+    trained = candidates.ordered()
     clock.lap("train")
     with _keeping(recording):
         budget_s = _within(CACHES_S, time_budget_s, CACHES_SHARE)
         costs = measure_caches(costs, split_model, [candidate.cache for candidate in trained], budget_s=budget_s)
     clock.lap("measure_caches")
-    return Learned(search, trained, costs, clock.seconds, time_budget_s, stop.requested)
+    return Learned(candidates, trained, costs, clock.seconds, time_budget_s, stop.requested)
 
 
 def choose(learned: Learned, *, tolerance: float, confidence_level: float) -> CachedModel:
@@ -188,15 +189,15 @@ def choose(learned: Learned, *, tolerance: float, confidence_level: float) -> Ca
     Call it again with another tolerance to have a second model from the same caches; each certificate holds by itself.
     """
     check_levels(tolerance, confidence_level)
-    with _keeping(learned.search.recording):
+    with _keeping(learned.candidates.recording):
         return _choose(learned, tolerance, confidence_level)
 
 
 def _choose(learned: Learned, tolerance: float, confidence_level: float) -> CachedModel:
     started = time.monotonic()
-    search, trained, costs = learned.search, learned.trained, learned.costs
-    recording = search.recording
-    path, errors_M, verdict = _certified_path(search, trained, costs, tolerance, confidence_level)
+    candidates, trained, costs = learned.candidates, learned.trained, learned.costs
+    recording = candidates.recording
+    path, errors_M, verdict = _certified_path(candidates, trained, costs, tolerance, confidence_level)
     candidate = path[max(verdict.index, 0)]
     plan = _plan(candidate, trained, verdict, path)
     certificate = Certificate(
@@ -207,24 +208,24 @@ def _choose(learned: Learned, tolerance: float, confidence_level: float) -> Cach
         bound=verdict.bound if plan.caches else 0.0,
         procedure="fixed-sequence testing, exact binomial bound",
         candidates_tested=verdict.candidates_tested,
-        backbone_fingerprint=search.split.fingerprint,
+        backbone_fingerprint=candidates.split.fingerprint,
         data_fingerprint=recording.fingerprint(CERTIFY),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         advice=verdict.advice,
     )
-    cached = _assemble(search, trained, plan, certificate, costs)
+    cached = _assemble(candidates, trained, plan, certificate, costs)
     latency: tuple[LatencyRatio, ...] = ()
     if plan.caches:
         with torch.inference_mode():
-            sample = recording.sample.to(search.split.device)
+            sample = recording.sample.to(candidates.split.device)
             budget_s = _within(LATENCY_S, learned.time_budget_s, LATENCY_SHARE)
             latency = compare_latency(cached, sample, BATCH_SIZES, budget_s=budget_s)
         plan = _never_slower(plan, latency)
         certificate = certificate if plan.caches else dataclasses.replace(certificate, errors=0, bound=0.0)
-        cached = _assemble(search, trained, plan, certificate, costs)
+        cached = _assemble(candidates, trained, plan, certificate, costs)
     chosen = candidate if plan.caches else path[0]
     findings = Findings(trained, path, errors_M, verdict, chosen, latency, learned.seconds, learned.time_budget_s)
-    cached.summary.update(summarise(search, cached, costs, findings))
+    cached.summary.update(summarise(candidates, cached, costs, findings))
     cached.summary["fit"]["seconds"]["choose"] = time.monotonic() - started
     if learned.interrupted:
         cached.summary["advice"] += " Training was interrupted; a full run may save more."
@@ -232,15 +233,15 @@ def _choose(learned: Learned, tolerance: float, confidence_level: float) -> Cach
 
 
 def _certified_path(
-    search: Search, trained: list[Trained], costs: CostTable, tolerance: float, confidence_level: float
+    candidates: Candidates, trained: list[Trained], costs: CostTable, tolerance: float, confidence_level: float
 ) -> tuple[tuple[Candidate, ...], list[int], Verdict]:
-    n = len(search.recording.index(CERTIFY))
+    n = len(candidates.recording.index(CERTIFY))
     if not trained:
         nothing = (Candidate((), 0.0, 1.0, ()),)
         return nothing, [0], certify_path([0], n, tolerance, confidence_level)
     cache_costs = CacheCosts(*shares(costs, weight_flops=WEIGHT_FLOPS))
-    path = plan_path(search.records(trained, TUNE), cache_costs, PATH_REACH * tolerance)
-    errors_M = count_errors(search.records(trained, CERTIFY), path)
+    path = plan_path(candidates.records(trained, TUNE), cache_costs, PATH_REACH * tolerance)
+    errors_M = count_errors(candidates.records(trained, CERTIFY), path)
     return path, errors_M, certify_path(errors_M, n, tolerance, confidence_level)
 
 
@@ -274,7 +275,7 @@ def _plan(candidate: Candidate, trained: list[Trained], verdict: Verdict, path: 
 
 
 def _assemble(
-    search: Search, trained: list[Trained], plan: Plan, certificate: Certificate, costs: CostTable
+    candidates: Candidates, trained: list[Trained], plan: Plan, certificate: Certificate, costs: CostTable
 ) -> CachedModel:
     names = [planned.name for planned in plan.caches]
     kept = [k for k, candidate in enumerate(trained) if candidate.cache.name in names]
@@ -284,7 +285,7 @@ def _assemble(
         cache_points=tuple(costs.cache_points[k] for k in kept),
     )
     caches = [trained[k].cache for k in kept]
-    return CachedModel(search.split, caches, plan, certificate, costs, task=search.task, summary={})
+    return CachedModel(candidates.split, caches, plan, certificate, costs, task=candidates.task, summary={})
 
 
 def _never_slower(plan: Plan, latency: tuple[LatencyRatio, ...]) -> Plan:

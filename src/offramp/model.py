@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from offramp.caches import LearnedCache
+from offramp.caches import Cache
 from offramp.cost import compaction_rule
 from offramp.errors import InputError
 from offramp.splitting import SplitModel
@@ -58,7 +58,7 @@ class CachedModel(nn.Module):
     def __init__(
         self,
         split: SplitModel,
-        caches: Sequence[LearnedCache],
+        caches: Sequence[Cache],
         plan: Plan,
         certificate: Certificate,
         costs: CostTable,
@@ -151,7 +151,7 @@ class CachedModel(nn.Module):
 
     def _look_up(self, slot: int, activation: Tensor, said: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Logits and confidence of one cache, or None when it failed: then it and all later ones are off."""
-        cache = cast(LearnedCache, self.caches[slot])
+        cache = cast(Cache, self.caches[slot])
         try:
             read = None if cache.reads is None else said[cache.reads]
             logits = cache(activation, read)
@@ -198,7 +198,7 @@ class CachedModel(nn.Module):
         return {**self.summary, "plan": self.plan.to_json(), "certificate": self.certificate.to_json()}
 
 
-def _lookups(split: SplitModel, caches: Sequence[LearnedCache], plan: Plan) -> list[list[int]]:
+def _lookups(split: SplitModel, caches: Sequence[Cache], plan: Plan) -> list[list[int]]:
     """For each split point the positions in the plan of the caches that sit there."""
     names = [point.name for point in split.points]
     if [cache.name for cache in caches] != [planned.name for planned in plan.caches]:

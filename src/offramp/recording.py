@@ -32,8 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.augment import AUGMENTATIONS, is_image, mirror, shift
-from offramp.caches import reduction_for
-from offramp.caches.learned import Reduction
+from offramp.caches import Reduction, reduction_for
 from offramp.errors import InputError, StorageError, StreamError
 from offramp.progress import bar
 from offramp.splitting import SplitModel
@@ -49,7 +48,8 @@ MAX_BATCH = 128
 ASKED_ROWS = 8_000  # augmented copies are recorded until train holds about this many rows
 MAX_COPIES = 8
 SAMPLE_ROWS = 256
-INVARIANCE_ROWS = 256
+INVARIANCE_ROWS = 512
+INVARIANCE_BATCH = 32  # `shift` draws once per batch: small ones, so that many shifts are tried
 INVARIANT = 0.95  # an augmentation is free where the backbone keeps this share of its answers under it
 
 
@@ -374,10 +374,10 @@ class _Recorder:
         for name, augmentation in AUGMENTATIONS.items():
             generator = torch.Generator().manual_seed(self.seed)
             agreed = 0
-            for start in range(0, len(rows), MAX_BATCH):
-                batch = self._as_inputs(augmentation(images[start : start + MAX_BATCH], generator))
-                answer_B = self.task.answer(self._run(batch)[1]).cpu()
-                agreed += int(self.task.agree(answer_B, answer_N[start : start + MAX_BATCH]).sum())
+            for start in range(0, len(rows), INVARIANCE_BATCH):
+                chunk = slice(start, start + INVARIANCE_BATCH)
+                answer_B = self.task.answer(self._run(self._as_inputs(augmentation(images[chunk], generator)))[1]).cpu()
+                agreed += int(self.task.agree(answer_B, answer_N[chunk]).sum())
             if agreed >= INVARIANT * len(rows):
                 free.append(name)
         return tuple(free)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from offramp.augment import is_image
 from offramp.calibration import Verdict, upper_bound
+from offramp.candidates import Candidates, Trained
 from offramp.cost import flop_shares
 from offramp.evaluation import costs_at_exits
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Candidate, oracle_cost, outcomes
 from offramp.recording import CERTIFY, TUNE
-from offramp.search import Search, Trained
 from offramp.types import CostTable, LatencyRatio, version
 
 SAMPLES = 8
@@ -41,10 +41,10 @@ class Findings:
     time_budget_s: float | None
 
 
-def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Findings) -> dict[str, Any]:
+def summarise(candidates: Candidates, cached: CachedModel, costs: CostTable, found: Findings) -> dict[str, Any]:
     """The document's parts, JSON throughout; `costs` covers all candidates. tests/test_report.py shows its form."""
-    backbone = search.split.backbone
-    leaves = _leaves(search, cached, found)
+    backbone = candidates.split.backbone
+    leaves = _leaves(candidates, cached, found)
     return {
         "offramp": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -52,10 +52,10 @@ def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Find
             "name": type(backbone).__name__,
             "parameters": costs.backbone.parameters,
             "flops": costs.backbone.flops,
-            "fingerprint": search.split.fingerprint,
+            "fingerprint": candidates.split.fingerprint,
         },
         "points": [
-            {"name": point.name, "shape": list(point.shape), "depth": point.depth} for point in search.split.points
+            {"name": point.name, "shape": list(point.shape), "depth": point.depth} for point in candidates.split.points
         ],
         "leaves": leaves,
         "cost": {
@@ -66,14 +66,14 @@ def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Find
                 for ratio in found.latency
             ],
         },
-        "caches": _caches(search, costs, found),
+        "caches": _caches(candidates, costs, found),
         "path": _path(cached, found),
-        "oracle_cost": _oracle(search, cached, found),
-        "samples": _samples(search, cached, found),
+        "oracle_cost": _oracle(candidates, cached, found),
+        "samples": _samples(candidates, cached, found),
         "fit": {
-            "inputs": search.recording.counts(),
+            "inputs": candidates.recording.counts(),
             "seconds": dict(found.seconds),
-            "seed": search.seed,
+            "seed": candidates.seed,
             "time_budget_s": found.time_budget_s,
             "device": costs.device,
             "threads": costs.threads,
@@ -82,12 +82,12 @@ def summarise(search: Search, cached: CachedModel, costs: CostTable, found: Find
     }
 
 
-def _left_at(search: Search, cached: CachedModel, found: Findings, part: int) -> NDArray[np.int64]:
+def _left_at(candidates: Candidates, cached: CachedModel, found: Findings, part: int) -> NDArray[np.int64]:
     """(rows of the part,) index into `cached.exits`."""
-    rows = search.recording.index(part)
+    rows = candidates.recording.index(part)
     if not cached.plan.caches:
         return np.zeros(len(rows), np.int64)
-    left_at, _ = outcomes(search.records(found.trained, part), found.chosen.thresholds_K)
+    left_at, _ = outcomes(candidates.records(found.trained, part), found.chosen.thresholds_K)
     names = [trained.cache.name for trained in found.trained]
     exit_of = [cached.exits.index(name) if name in cached.exits else -1 for name in names] + [len(cached.exits) - 1]
     return np.array(exit_of)[left_at]
@@ -97,8 +97,8 @@ def _flop_costs(cached: CachedModel) -> CacheCosts:
     return CacheCosts(*flop_shares(cached.costs))
 
 
-def _leaves(search: Search, cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
-    share = np.bincount(_left_at(search, cached, found, CERTIFY), minlength=len(cached.exits))
+def _leaves(candidates: Candidates, cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
+    share = np.bincount(_left_at(candidates, cached, found, CERTIFY), minlength=len(cached.exits))
     share = share / max(1, share.sum())
     cost = costs_at_exits(_flop_costs(cached))
     points = [planned.point for planned in cached.plan.caches] + ["output"]
@@ -108,10 +108,10 @@ def _leaves(search: Search, cached: CachedModel, found: Findings) -> list[dict[s
     ]
 
 
-def _caches(search: Search, costs: CostTable, found: Findings) -> list[dict[str, Any]]:
+def _caches(candidates: Candidates, costs: CostTable, found: Findings) -> list[dict[str, Any]]:
     if not found.trained:
         return []
-    records = search.records(found.trained, TUNE)
+    records = candidates.records(found.trained, TUNE)
     out = []
     for k, trained in enumerate(found.trained):
         cache, part = trained.cache, costs.caches[k]
@@ -161,24 +161,24 @@ def _path(cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def _oracle(search: Search, cached: CachedModel, found: Findings) -> float | None:
+def _oracle(candidates: Candidates, cached: CachedModel, found: Findings) -> float | None:
     """FLOPs share if each certification input left at the first enabled cache that agrees."""
     if not cached.plan.caches:
         return None
-    records = search.records(found.trained, CERTIFY)
+    records = candidates.records(found.trained, CERTIFY)
     enabled = [k for k, threshold in enumerate(found.chosen.thresholds_K) if np.isfinite(threshold)]
     return oracle_cost(records.agreement_NK[:, enabled], _flop_costs(cached))
 
 
-def _samples(search: Search, cached: CachedModel, found: Findings) -> dict[str, Any]:
+def _samples(candidates: Candidates, cached: CachedModel, found: Findings) -> dict[str, Any]:
     """A few tuning inputs that leave first, and a few that go all the way: pictures, where inputs are images."""
     del found
-    batch = search.recording.sample
-    point = search.split.points[0]
+    batch = candidates.recording.sample
+    point = candidates.split.points[0]
     if not cached.plan.caches or not is_image(tuple(point.shape), floating=point.dtype.is_floating_point):
         return {"kind": None, "first": [], "last": []}
     with torch.inference_mode():
-        prediction = cached.predict(*batch.to(search.split.device).args, **batch.to(search.split.device).kwargs)
+        prediction = cached.predict(*batch.to(candidates.split.device).args, **batch.to(candidates.split.device).kwargs)
     left = prediction.left_at_B.cpu().numpy()
     sure = prediction.confidence_B.cpu().numpy()
     order = np.lexsort((-sure, left))

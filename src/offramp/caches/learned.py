@@ -1,12 +1,7 @@
 """Learned caches: small networks that imitate the backbone from one of its activations, or from the input itself.
 
-A learned cache has three parts, applied in this order:
-
-    reduction   fixed, no weights: pools the activation to a small grid. This is all that is recorded, so that training
-                many caches needs one pass of the backbone and little disk.
-    body        trained: from a linear probe up to a student network with its own trunk. It may also read the logits of
-                one earlier cache, so that what that cache already worked out is not lost on a miss.
-    confidence  a fixed score of the logits, or a learned selector (`offramp.confidence`).
+Behind the fixed reduction comes a trained body, from a linear probe up to a student network with its own trunk. It may
+also read the logits of one earlier cache, so that what that cache already worked out is not lost on a miss.
 
 Early split points need capacity, late ones none (docs/design.md), hence the range of shapes. All shapes are plain
 feed-forward modules; batch normalisation is folded into the convolutions once training is over.
@@ -17,60 +12,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from offramp.confidence import CONFIDENCES, Selector
+from offramp.caches.base import Cache
+from offramp.caches.reduction import MAX_SEGMENTS, Reduction
 
 Kind = Literal["linear", "mlp", "conv", "student", "transformer"]
 
-FEATURE_LIMIT = 4096  # recorded numbers per input and split point; raw inputs are exempt
-MAX_GRID = 8
-MAX_SEGMENTS = 8
 WHITENED = 24  # channels of a student's first layer
-HALF_MAX = torch.finfo(torch.float16).max
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """Fixed pooling of an activation, and rounding to half precision: at run time caches see exactly what was recorded.
-
-    `grid` is the side of a feature map, or the number of segments of a sequence; 0 keeps all. Integers stay.
-    """
-
-    grid: int = 0
-
-    def __call__(self, activation: Tensor) -> Tensor:
-        pooled = self._pool(activation)
-        if not pooled.is_floating_point():
-            return pooled
-        return pooled.clamp(-HALF_MAX, HALF_MAX).half()
-
-    def _pool(self, activation: Tensor) -> Tensor:
-        if self.grid and activation.ndim == 4:
-            return F.adaptive_avg_pool2d(activation, self.grid)
-        if self.grid and activation.ndim == 3:
-            # The first token is kept apart: in most encoders it is the one that the head reads.
-            pooled = F.adaptive_avg_pool1d(activation.transpose(1, 2), self.grid).transpose(1, 2)
-            return torch.cat([activation[:, :1], pooled], dim=1)
-        return activation
-
-
-def reduction_for(shape: tuple[int, ...], *, is_input: bool) -> Reduction:
-    """The reduction for activations of this shape (without batch): raw inputs and small activations are kept whole."""
-    if is_input or len(shape) < 2:
-        return Reduction()
-    if len(shape) == 3:
-        channels, side = shape[0], min(shape[1:])
-        grid = next((g for g in (MAX_GRID, 4, 2) if g <= side and channels * g * g <= FEATURE_LIMIT), 1)
-        return Reduction(0 if grid == shape[1] == shape[2] else grid)
-    length, width = shape[0], shape[1]
-    segments = next((g for g in (MAX_SEGMENTS, 4, 2) if (g + 1) * width <= FEATURE_LIMIT), 1)
-    return Reduction(0 if length <= segments + 1 else segments)
 
 
 @dataclass(frozen=True)
@@ -86,8 +40,10 @@ class CacheShape:
         return self.kind if self.kind == "linear" else f"{self.kind}{self.width}x{self.depth}"
 
 
-class LearnedCache(nn.Module):
-    """One cache: reduction, body and confidence. `reads` names the earlier cache whose logits the body also sees."""
+class LearnedCache(Cache):
+    """A trained body and a linear head on what it makes of the activation, beside the logits of the cache it reads."""
+
+    kind = "learned"
 
     def __init__(
         self,
@@ -101,21 +57,14 @@ class LearnedCache(nn.Module):
         vocabulary: int = 0,
         reads: str | None = None,
     ) -> None:
-        super().__init__()
-        self.name, self.point, self.shape, self.reads = name, point, shape, reads
-        self.activation_shape, self.classes, self.vocabulary = tuple(activation_shape), classes, vocabulary
-        self.reduction = reduction
+        super().__init__(name, point, reduction, reads)
+        self.shape, self.classes, self.vocabulary = shape, classes, vocabulary
+        self.activation_shape = tuple(activation_shape)
         self.body = _BODIES[shape.kind](shape, self.activation_shape, vocabulary)
         features = self.body.features
         assert isinstance(features, int)
         self.head = nn.Linear(features + (classes if reads else 0), classes)
-        self.confidence_name = "max_softmax"
-        self.selector: Selector | None = None
         self.folded = False
-
-    def forward(self, activation: Tensor, read_BC: Tensor | None = None) -> Tensor:
-        """(B, C) logits from the activation at the split point and, where this cache reads one, an earlier's logits."""
-        return self.from_feature(self.reduction(activation), read_BC)
 
     def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
         """The same from an activation that is already reduced, as recordings hold it."""
@@ -136,17 +85,6 @@ class LearnedCache(nn.Module):
         if isinstance(self.body, _Student):
             self.body.prepare(feature.to(self.head.weight.dtype))
 
-    def confidence(self, logits_BC: Tensor, read_BC: Tensor | None = None) -> Tensor:
-        """(B,) confidence in [0, 1] of the answers that these logits give."""
-        if self.selector is not None:
-            score_B: Tensor = self.selector(logits_BC, read_BC)
-            return score_B
-        return CONFIDENCES[self.confidence_name](logits_BC)
-
-    def use_confidence(self, name: str, selector: Selector | None = None) -> None:
-        """Decide by this score from now on: a name in CONFIDENCES, or `selector` with its fitted module."""
-        self.confidence_name, self.selector = name, selector
-
     def fold(self) -> None:
         """Fold batch normalisation into the convolutions before it: same answers, fewer operations, no way back."""
         if not self.folded:
@@ -154,41 +92,30 @@ class LearnedCache(nn.Module):
             self.folded = True
 
     def describe(self) -> dict[str, Any]:
-        """All that `build_cache` needs to build this cache again, without its weights. JSON."""
-        return {
-            "type": "learned",
-            "name": self.name,
-            "point": self.point,
+        return super().describe() | {
             "shape": dataclasses.asdict(self.shape),
             "activation_shape": list(self.activation_shape),
             "classes": self.classes,
-            "reduction": self.reduction.grid,
             "vocabulary": self.vocabulary,
-            "reads": self.reads,
-            "confidence": self.confidence_name,
-            "selector_features": None if self.selector is None else len(self.selector.weight),
             "folded": self.folded,
         }
 
-
-def build_cache(description: Mapping[str, Any]) -> LearnedCache:
-    """The cache that `describe` described, with fresh weights, in eval mode; KeyError or TypeError if malformed."""
-    cache = LearnedCache(
-        description["name"],
-        description["point"],
-        CacheShape(**description["shape"]),
-        tuple(description["activation_shape"]),
-        description["classes"],
-        reduction=Reduction(description["reduction"]),
-        vocabulary=description["vocabulary"],
-        reads=description["reads"],
-    )
-    cache.eval()
-    if description["folded"]:
-        cache.fold()
-    features = description["selector_features"]
-    cache.use_confidence(description["confidence"], None if features is None else Selector(features))
-    return cache.eval()
+    @classmethod
+    def described(cls, description: Mapping[str, Any]) -> Self:
+        cache = cls(
+            description["name"],
+            description["point"],
+            CacheShape(**description["shape"]),
+            tuple(description["activation_shape"]),
+            description["classes"],
+            reduction=Reduction(description["reduction"]),
+            vocabulary=description["vocabulary"],
+            reads=description["reads"],
+        )
+        cache.eval()
+        if description["folded"]:
+            cache.fold()
+        return cache
 
 
 class _Pooled(nn.Module):

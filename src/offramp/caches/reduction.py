@@ -1,0 +1,56 @@
+"""The fixed first step of every cache: pool the activation to a small grid and round it to half precision.
+
+All that is recorded is the reduced activation, so that training many caches needs one pass of the backbone and little
+disk, and caches see at run time exactly what was recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURE_LIMIT = 4096  # recorded numbers per input and split point; raw inputs are exempt
+MAX_GRID = 8
+MAX_SEGMENTS = 8
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Fixed pooling of an activation, and rounding to half precision: at run time caches see exactly what was recorded.
+
+    `grid` is the side of a feature map, or the number of segments of a sequence; 0 keeps all. Integers stay.
+    """
+
+    grid: int = 0
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        pooled = self._pool(activation)
+        if not pooled.is_floating_point():
+            return pooled
+        return pooled.clamp(-HALF_MAX, HALF_MAX).half()
+
+    def _pool(self, activation: Tensor) -> Tensor:
+        if self.grid and activation.ndim == 4:
+            return F.adaptive_avg_pool2d(activation, self.grid)
+        if self.grid and activation.ndim == 3:
+            # The first token is kept apart: in most encoders it is the one that the head reads.
+            pooled = F.adaptive_avg_pool1d(activation.transpose(1, 2), self.grid).transpose(1, 2)
+            return torch.cat([activation[:, :1], pooled], dim=1)
+        return activation
+
+
+def reduction_for(shape: tuple[int, ...], *, is_input: bool) -> Reduction:
+    """The reduction for activations of this shape (without batch): raw inputs and small activations are kept whole."""
+    if is_input or len(shape) < 2:
+        return Reduction()
+    if len(shape) == 3:
+        channels, side = shape[0], min(shape[1:])
+        grid = next((g for g in (MAX_GRID, 4, 2) if g <= side and channels * g * g <= FEATURE_LIMIT), 1)
+        return Reduction(0 if grid == shape[1] == shape[2] else grid)
+    length, width = shape[0], shape[1]
+    segments = next((g for g in (MAX_SEGMENTS, 4, 2) if (g + 1) * width <= FEATURE_LIMIT), 1)
+    return Reduction(0 if length <= segments + 1 else segments)

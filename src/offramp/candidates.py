@@ -1,0 +1,342 @@
+"""The candidate caches of one fit: building, training and judging them, and what they said on the recorded rows.
+
+`search` and the other methods decide which caches are worth a try; this is how any of them is tried.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from offramp.caches import CacheShape, LearnedCache
+from offramp.confidence import Selector, auroc, statistics
+from offramp.cost import count_flops
+from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, seconds_per_step, train
+from offramp.errors import StorageError
+from offramp.placement import CacheCosts
+from offramp.progress import Bar, bar
+from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
+from offramp.splitting import SplitModel, SplitPoint
+from offramp.tasks import Classification
+from offramp.types import CostTable, Records
+
+MIN_WIDTH, MAX_WIDTH = 8, 192
+
+
+@dataclass
+class Trained:
+    """A trained candidate. `logits_NC` are its logits on the recorded rows number `rows`, in rising order."""
+
+    cache: LearnedCache
+    position: int
+    rows: NDArray[np.intp]
+    logits_NC: Tensor
+    log: TrainingLog
+    auroc: dict[str, float] = field(default_factory=dict)
+    confidence_N: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def on(self, rows: NDArray[np.intp]) -> Tensor:
+        """(len(rows), C) logits on these recorded rows."""
+        return self.logits_NC[np.searchsorted(self.rows, rows)]
+
+
+class Candidates:
+    """Trains candidates one by one or round by round; `trained` holds them in the order of training."""
+
+    def __init__(
+        self,
+        split: SplitModel,
+        task: Classification,
+        recording: Recording,
+        costs: CostTable,
+        *,
+        seed: int,
+        deadline: float | None,
+        stop: Stop,
+        workdir: Path | None,
+        show: bool,
+    ) -> None:
+        self.split, self.task, self.recording, self.costs = split, task, recording, costs
+        self.seed, self.deadline, self.stop, self.show = seed, deadline, stop, show
+        self.store = None if workdir is None else workdir / "caches"
+        self.train_rows = recording.index(TRAIN)
+        self.judged_rows = np.sort(np.concatenate([recording.index(TUNE), recording.index(CERTIFY)]))
+        self.classes = recording.logits_NC.shape[1]
+        self.flops = costs.backbone.flops
+        self.trained: list[Trained] = []
+        self._step_s: dict[str, float] = {}  # measured seconds per training step, by a cache's name
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until training has to end, at least one; None without a limit."""
+        return None if self.deadline is None else max(1.0, self.deadline - time.monotonic())
+
+    def ordered(self) -> list[Trained]:
+        """The candidates in the order in which a request meets them."""
+        return sorted(self.trained, key=lambda trained: trained.position)
+
+    def named(self, name: str) -> Trained:
+        return next(trained for trained in self.trained if trained.cache.name == name)
+
+    # -- building ----------------------------------------------------------------------------------
+
+    def build(self, point: SplitPoint, shape: CacheShape, reads: LearnedCache | None = None) -> LearnedCache:
+        """A fresh cache of this shape; its initial weights depend on the seed and its name alone."""
+        name = f"{point.name}/{shape.label}"
+        with torch.random.fork_rng(devices=[]):
+            # By its name, so that a resumed search, which skips some, begins each cache alike.
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:6], "little"))
+            return LearnedCache(
+                name,
+                point.name,
+                shape,
+                tuple(point.shape),
+                self.classes,
+                reduction=self.recording.reductions[point.position],
+                vocabulary=self._vocabulary(point),
+                reads=None if reads is None else reads.name,
+            )
+
+    def widest(self, point: SplitPoint, kind: str, share: float) -> CacheShape | None:
+        """The widest cache of this kind within a share of the backbone's FLOPs; None if even the narrowest is above."""
+        best = None
+        step = 32 if kind == "transformer" else 8
+        for width in range(max(step, MIN_WIDTH), MAX_WIDTH + 1, step):
+            shape = CacheShape(kind, width)  # type: ignore[arg-type]
+            if self.flops_of(self.build(point, shape)) > share * self.flops:
+                break
+            best = shape
+        return best
+
+    def flops_of(self, cache: LearnedCache) -> float:
+        """FLOPs of one look-up of one row."""
+        feature = torch.from_numpy(np.array(self.recording.features[self.position(cache)][:1]))
+        feature = feature.float() if feature.is_floating_point() else feature.long()
+        read = None if cache.reads is None else torch.zeros(1, self.classes)
+        training = cache.training
+        cache.eval()
+        device = next(cache.parameters()).device
+        with torch.inference_mode():
+            flops = count_flops(
+                lambda: cache.from_feature(feature.to(device), None if read is None else read.to(device))
+            )
+        cache.train(training)
+        return flops
+
+    def position(self, cache: LearnedCache) -> int:
+        return next(point.position for point in self.split.points if point.name == cache.point)
+
+    def _vocabulary(self, point: SplitPoint) -> int:
+        if point.dtype.is_floating_point:
+            return 0
+        return int(self.recording.features[point.position][self.train_rows].max()) + 1
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def seconds_for(self, cache: LearnedCache, recipe: Recipe) -> float:
+        """Estimate of the time that this training takes, from two timed steps; 0 where an earlier run has done it."""
+        if self._is_stored(cache):
+            return 0.0
+        if cache.name not in self._step_s:
+            self._step_s[cache.name] = seconds_per_step(
+                copy.deepcopy(cache),
+                self.recording,
+                self.position(cache),
+                self.train_rows,
+                None if cache.reads is None else torch.zeros(len(self.recording), self.classes),
+                recipe,
+                self.split.device,
+            )
+        return self._step_s[cache.name] * recipe.steps
+
+    def train_round(
+        self,
+        name: str,
+        caches: Sequence[LearnedCache],
+        recipe: Callable[[LearnedCache], Recipe],
+        limit_s: float | None,
+    ) -> None:
+        """Train these one after the other; under a limit each has a share of the time as large as its need."""
+        if not caches:
+            return
+        started = time.monotonic()
+        needs = [1.0] * len(caches) if limit_s is None else [self.seconds_for(one, recipe(one)) for one in caches]
+        with bar(f"training {name}", len(caches), show=self.show) as progress:
+            for i, cache in enumerate(caches):
+                remaining = None if limit_s is None else limit_s - (time.monotonic() - started)
+                if self.stop.requested or (remaining is not None and remaining < 0.5):
+                    return
+                progress.note(cache.name)
+                share = needs[i] / max(sum(needs[i:]), 1e-9)
+                self.train(cache, recipe(cache), None if remaining is None else remaining * share, progress)
+
+    def train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> None:
+        """Train one cache, or load it where an earlier run has left it, and add it to the candidates."""
+        trained = self._load(cache)
+        if trained is None:
+            trained = self._train(cache, recipe, limit_s, progress)
+        else:
+            progress.advance()
+        if trained.log.steps:
+            self.trained.append(trained)
+
+    def _train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> Trained:
+        position = self.position(cache)
+        # The head's width changes with what it reads; the read logits were recorded when that cache was trained.
+        read = None if cache.reads is None else self.named(cache.reads)
+        log = train(
+            cache,
+            self.recording,
+            position,
+            self.train_rows,
+            None if read is None else read.logits_NC,
+            recipe,
+            seed=self.seed,
+            time_limit_s=limit_s,
+            device=self.split.device,
+            stop=self.stop,
+            progress=progress,
+        )
+        trained = self._judge(cache, position, log)
+        self._save(trained)
+        return trained
+
+    def _judge(self, cache: LearnedCache, position: int, log: TrainingLog) -> Trained:
+        """Run the cache on the rows that matter and pick the confidence that ranks its disagreements best on tune."""
+        rows = np.arange(len(self.recording)) if position == 0 else self.judged_rows
+        read = None if cache.reads is None else self.named(cache.reads)
+        read_NC = None if read is None else read.on(rows)
+        logits = cache_logits(cache, self.recording, position, rows, read_NC, self.split.device)
+        trained = Trained(cache, position, rows, logits, log)
+        self._choose_confidence(trained, read)
+        return trained
+
+    def _choose_confidence(self, trained: Trained, read: Trained | None) -> None:
+        tune = self.recording.index(TUNE)
+        logits = trained.on(tune)
+        read_BC = None if read is None else read.on(tune)
+        agreement = self._agreement(trained, tune)
+        scores = {name: function(logits).double().numpy() for name, function in trained.cache.confidences().items()}
+        scores["selector"] = _cross_fitted(statistics(logits, read_BC), torch.from_numpy(agreement), self.seed)
+        trained.auroc = {name: auroc(score, agreement) for name, score in scores.items()}
+        best = max(trained.auroc, key=lambda name: (np.nan_to_num(trained.auroc[name], nan=0.0), name != "selector"))
+        selector = None
+        if best == "selector":
+            selector = Selector.fitted(statistics(logits, read_BC), torch.from_numpy(agreement))
+        trained.cache.use_confidence(best, selector)
+        trained.confidence_N = scores[best]
+
+    # -- what the statistical half gets ------------------------------------------------------------
+
+    def records(self, candidates: Sequence[Trained], part: int) -> Records:
+        """What these candidates said about the tune or certify rows. On tune a learned selector is cross-fitted: each
+        row is scored by a selector that has not seen it, as any later row will be."""
+        rows = self.recording.index(part)
+        names = [trained.cache.name for trained in candidates]
+        confidence, answers, agreement = [], [], []
+        for trained in candidates:
+            read = None if trained.cache.reads is None else self.named(trained.cache.reads)
+            logits = trained.on(rows)
+            if part == TUNE:
+                confidence.append(trained.confidence_N)
+            else:
+                trained.cache.cpu()
+                score = trained.cache.confidence(logits, None if read is None else read.on(rows))
+                confidence.append(score.double().numpy())
+                trained.cache.to(self.split.device)
+            answers.append(self.task.answer(logits).numpy())
+            agreement.append(self._agreement(trained, rows))
+        labels = self.recording.label_N
+        return Records(
+            np.stack(confidence, axis=1),
+            np.stack(answers, axis=1),
+            np.stack(agreement, axis=1),
+            self.recording.logits_NC[rows].argmax(1),
+            tuple(-1 if t.cache.reads is None else names.index(t.cache.reads) for t in candidates),
+            None if labels is None else labels[rows],
+        )
+
+    def _agreement(self, trained: Trained, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+        backbone = torch.from_numpy(self.recording.logits_NC[rows])
+        agree: NDArray[np.bool_] = self.task.agree(
+            self.task.answer(trained.on(rows)), self.task.answer(backbone)
+        ).numpy()
+        return agree
+
+    def estimated_costs(self, candidates: Sequence[Trained]) -> CacheCosts:
+        """In FLOPs: the caches' time is measured only once they are all there."""
+        stages = np.array([stage.flops for stage in self.costs.stages])
+        before = np.concatenate([[0.0], np.cumsum(stages)]) / stages.sum()
+        cache = [self.flops_of(trained.cache) / self.flops for trained in candidates]
+        return CacheCosts(np.array([before[trained.position] for trained in candidates]), np.array(cache))
+
+    # -- resuming ----------------------------------------------------------------------------------
+
+    def _file(self, cache: LearnedCache) -> Path:
+        assert self.store is not None
+        later = ("folded", "confidence", "selector_features")  # decided after training
+        what = {
+            "backbone": self.split.fingerprint,
+            "data": self.recording.fingerprint(TRAIN),
+            "seed": self.seed,
+            "cache": {name: value for name, value in cache.describe().items() if name not in later},
+        }
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return self.store / f"{key}.safetensors"
+
+    def _is_stored(self, cache: LearnedCache) -> bool:
+        return self.store is not None and self._file(cache).exists()
+
+    def _save(self, trained: Trained) -> None:
+        if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
+            return
+        file = self._file(trained.cache)
+        state = {name: value.detach().cpu().contiguous() for name, value in trained.cache.state_dict().items()}
+        state = {name: value for name, value in state.items() if not name.startswith("selector.")}
+        temporary = file.with_suffix(".tmp")
+        try:
+            self.store.mkdir(parents=True, exist_ok=True)
+            save_file(state, temporary, {"log": json.dumps(dataclasses.asdict(trained.log))})
+            temporary.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"could not keep a trained cache in {self.store}: {error}. Free some space, or choose another "
+                "`workdir=`."
+            ) from error
+
+    def _load(self, cache: LearnedCache) -> Trained | None:
+        if not self._is_stored(cache):
+            return None
+        file = self._file(cache)
+        with safe_open(file, "pt") as header:
+            log = TrainingLog(**json.loads(header.metadata()["log"]))
+        ready = LearnedCache.described(cache.describe() | {"folded": True})
+        ready.load_state_dict(load_file(file))
+        ready.to(self.split.device).requires_grad_(requires_grad=False)
+        return self._judge(ready, self.position(ready), log)
+
+
+def _cross_fitted(x_NF: Tensor, agreement_N: Tensor, seed: int, folds: int = 5) -> NDArray[np.float64]:
+    """(N,) scores of the learned selector, each row by a selector fitted on the other folds."""
+    fold_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(x_NF)) % folds)
+    score_N = torch.zeros(len(x_NF), dtype=torch.float64)
+    for fold in range(folds):
+        inside = fold_N != fold
+        if inside.any() and (~inside).any():
+            selector = Selector.fitted(x_NF[inside], agreement_N[inside])
+            z = (x_NF[~inside] - selector.mean) / selector.scale
+            score_N[~inside] = torch.sigmoid(z @ selector.weight + selector.bias).double()
+    return score_N.numpy()
