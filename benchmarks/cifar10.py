@@ -16,8 +16,8 @@ from pathlib import Path
 import common
 import numpy as np
 
+from offramp.choosing import WEIGHT_FLOPS, Learned
 from offramp.cost import shares
-from offramp.fitting import WEIGHT_FLOPS, Learned
 from offramp.recording import CERTIFY, TUNE
 
 

@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from offramp.choosing import Learned, choose
 from offramp.evaluation import evaluate
-from offramp.fitting import Learned, choose, learn
+from offramp.fitting import learn
 from offramp.recording import Recording
 
 ROOT = Path(__file__).resolve().parent.parent

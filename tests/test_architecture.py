@@ -17,12 +17,22 @@ RANKS = [
     "types errors tasks confidence streams progress augment",
     "splitting graph tracing behaviour torchvision_shim cost caches calibration placement",
     "model recording distillation",
-    "candidates search fitting evaluation summary artifact report",
+    "candidates search methods choosing fitting evaluation summary artifact report",
     "sources cli demo __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 SPLITTING = {"splitting", "graph", "tracing", "behaviour"}  # one room in four files
-NOT_FOR_REQUESTS = {"recording", "distillation", "search", "candidates", "fitting", "calibration", "placement"}
+NOT_FOR_REQUESTS = {
+    "recording",
+    "distillation",
+    "search",
+    "candidates",
+    "methods",
+    "choosing",
+    "fitting",
+    "calibration",
+    "placement",
+}
 PACKAGE = "__init__"  # the public names, which point everywhere, on first use
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offramp import fitting
+from offramp import choosing, fitting
 from offramp.caches import CacheShape
 from offramp.candidates import Candidates
 from offramp.distillation import Recipe
@@ -62,7 +62,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offramp.recording.ASKED_ROWS", 0)
     monkeypatch.setattr(fitting, "STAGES_S", 0.3)
     monkeypatch.setattr(fitting, "CACHES_S", 0.3)
-    monkeypatch.setattr(fitting, "LATENCY_S", 0.05)
+    monkeypatch.setattr(choosing, "LATENCY_S", 0.05)
 
 
 def quick_fit(backbone: nn.Module, **options: object) -> CachedModel:
@@ -86,7 +86,7 @@ def test_the_result_is_certified_and_the_backbone_untouched(backbone: nn.Module)
 
 
 def test_the_same_seed_gives_the_same_caches(backbone: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "shares", lambda costs, weight_flops: fitting_flop_shares(costs))
+    monkeypatch.setattr(choosing, "shares", lambda costs, weight_flops: fitting_flop_shares(costs))
     first, second = quick_fit(backbone), quick_fit(backbone)
     assert [c.threshold for c in first.plan.caches] == [c.threshold for c in second.plan.caches]
     pairs = zip(first.caches.state_dict().items(), second.caches.state_dict().items(), strict=True)

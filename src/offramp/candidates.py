@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from offramp.caches import CacheShape, LearnedCache
+from offramp.caches import Cache, CacheShape, LearnedCache
 from offramp.confidence import Selector, auroc, statistics
 from offramp.cost import count_flops
 from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, seconds_per_step, train
@@ -40,7 +40,7 @@ MIN_WIDTH, MAX_WIDTH = 8, 192
 class Trained:
     """A trained candidate. `logits_NC` are its logits on the recorded rows number `rows`, in rising order."""
 
-    cache: LearnedCache
+    cache: Cache
     position: int
     rows: NDArray[np.intp]
     logits_NC: Tensor
@@ -93,7 +93,7 @@ class Candidates:
 
     # -- building ----------------------------------------------------------------------------------
 
-    def build(self, point: SplitPoint, shape: CacheShape, reads: LearnedCache | None = None) -> LearnedCache:
+    def build(self, point: SplitPoint, shape: CacheShape, reads: Cache | None = None) -> LearnedCache:
         """A fresh cache of this shape; its initial weights depend on the seed and its name alone."""
         name = f"{point.name}/{shape.label}"
         with torch.random.fork_rng(devices=[]):
@@ -121,7 +121,7 @@ class Candidates:
             best = shape
         return best
 
-    def flops_of(self, cache: LearnedCache) -> float:
+    def flops_of(self, cache: Cache) -> float:
         """FLOPs of one look-up of one row."""
         feature = torch.from_numpy(np.array(self.recording.features[self.position(cache)][:1]))
         feature = feature.float() if feature.is_floating_point() else feature.long()
@@ -136,7 +136,7 @@ class Candidates:
         cache.train(training)
         return flops
 
-    def position(self, cache: LearnedCache) -> int:
+    def position(self, cache: Cache) -> int:
         return next(point.position for point in self.split.points if point.name == cache.point)
 
     def _vocabulary(self, point: SplitPoint) -> int:
@@ -148,7 +148,7 @@ class Candidates:
 
     def seconds_for(self, cache: LearnedCache, recipe: Recipe) -> float:
         """Estimate of the time that this training takes, from two timed steps; 0 where an earlier run has done it."""
-        if self._is_stored(cache):
+        if self._is_stored(cache, recipe):
             return 0.0
         if cache.name not in self._step_s:
             self._step_s[cache.name] = seconds_per_step(
@@ -185,13 +185,17 @@ class Candidates:
 
     def train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> None:
         """Train one cache, or load it where an earlier run has left it, and add it to the candidates."""
-        trained = self._load(cache)
+        trained = self._load(cache, recipe)
         if trained is None:
             trained = self._train(cache, recipe, limit_s, progress)
         else:
             progress.advance()
         if trained.log.steps:
             self.trained.append(trained)
+
+    def add(self, cache: Cache, log: TrainingLog) -> None:
+        """Judge a cache that has learned by other means than gradient steps, and add it to the candidates."""
+        self.trained.append(self._judge(cache.eval(), self.position(cache), log))
 
     def _train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> Trained:
         position = self.position(cache)
@@ -211,10 +215,10 @@ class Candidates:
             progress=progress,
         )
         trained = self._judge(cache, position, log)
-        self._save(trained)
+        self._save(trained, cache, recipe)
         return trained
 
-    def _judge(self, cache: LearnedCache, position: int, log: TrainingLog) -> Trained:
+    def _judge(self, cache: Cache, position: int, log: TrainingLog) -> Trained:
         """Run the cache on the rows that matter and pick the confidence that ranks its disagreements best on tune."""
         rows = np.arange(len(self.recording)) if position == 0 else self.judged_rows
         read = None if cache.reads is None else self.named(cache.reads)
@@ -285,26 +289,27 @@ class Candidates:
 
     # -- resuming ----------------------------------------------------------------------------------
 
-    def _file(self, cache: LearnedCache) -> Path:
+    def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None
         later = ("folded", "confidence", "selector_features")  # decided after training
         what = {
             "backbone": self.split.fingerprint,
             "data": self.recording.fingerprint(TRAIN),
             "seed": self.seed,
+            "recipe": dataclasses.asdict(recipe),
             "cache": {name: value for name, value in cache.describe().items() if name not in later},
         }
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return self.store / f"{key}.safetensors"
 
-    def _is_stored(self, cache: LearnedCache) -> bool:
-        return self.store is not None and self._file(cache).exists()
+    def _is_stored(self, cache: LearnedCache, recipe: Recipe) -> bool:
+        return self.store is not None and self._file(cache, recipe).exists()
 
-    def _save(self, trained: Trained) -> None:
+    def _save(self, trained: Trained, cache: LearnedCache, recipe: Recipe) -> None:
         if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
             return
-        file = self._file(trained.cache)
-        state = {name: value.detach().cpu().contiguous() for name, value in trained.cache.state_dict().items()}
+        file = self._file(cache, recipe)
+        state = {name: value.detach().cpu().contiguous() for name, value in cache.state_dict().items()}
         state = {name: value for name, value in state.items() if not name.startswith("selector.")}
         temporary = file.with_suffix(".tmp")
         try:
@@ -317,10 +322,10 @@ class Candidates:
                 "`workdir=`."
             ) from error
 
-    def _load(self, cache: LearnedCache) -> Trained | None:
-        if not self._is_stored(cache):
+    def _load(self, cache: LearnedCache, recipe: Recipe) -> Trained | None:
+        if not self._is_stored(cache, recipe):
             return None
-        file = self._file(cache)
+        file = self._file(cache, recipe)
         with safe_open(file, "pt") as header:
             log = TrainingLog(**json.loads(header.metadata()["log"]))
         ready = LearnedCache.described(cache.describe() | {"folded": True})

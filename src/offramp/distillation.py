@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offramp.augment import AUGMENTATIONS
-from offramp.caches import LearnedCache
+from offramp.caches import Cache, LearnedCache
 from offramp.progress import Bar
 from offramp.recording import Recording
 
@@ -204,7 +204,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def cache_logits(
-    cache: LearnedCache,
+    cache: Cache,
     recording: Recording,
     position: int,
     rows: NDArray[np.intp],

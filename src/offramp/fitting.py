@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import operator
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from offramp.behaviour import check_mode
-from offramp.calibration import Verdict, check_levels, inputs_needed
-from offramp.calibration import certify as certify_path
-from offramp.candidates import Candidates, Trained
-from offramp.cost import measure, measure_caches, shares
+from offramp.calibration import check_levels, inputs_needed
+from offramp.candidates import Candidates
+from offramp.choosing import BATCH_SIZES, Learned, choose, within
+from offramp.cost import measure, measure_caches
 from offramp.distillation import graceful_stop
-from offramp.errors import InputError, StorageError, StreamError
-from offramp.evaluation import compare_latency
+from offramp.errors import InputError, StreamError
+from offramp.methods import Method, method_named
 from offramp.model import CachedModel
-from offramp.placement import CacheCosts, Candidate, outcomes, plan_path
-from offramp.recording import (
-    CERTIFY,
-    SHARES_CERTIFY_STREAM,
-    SHARES_ONE_STREAM,
-    TUNE,
-    Recording,
-    RecordingInterrupted,
-    record,
-)
-from offramp.search import Search
+from offramp.recording import CERTIFY, SHARES_CERTIFY_STREAM, SHARES_ONE_STREAM, Recording, keeping, record
 from offramp.splitting import split
 from offramp.streams import Batch, check_stream, read_stream
-from offramp.summary import Findings, summarise
 from offramp.tasks import task_named
-from offramp.types import Certificate, CostTable, LatencyRatio, Plan, PlannedCache, Records
+from offramp.types import CostTable
 
-METHODS = ("offramp",)
-PATH_REACH = 3.0  # the path of plans goes on to this multiple of the tolerance
-WEIGHT_FLOPS = 0.5  # a plan's cost is half measured time and half FLOPs, which carry over to other machines
 CLOSING_SHARE = 0.08  # of a time budget, kept back for costs and certification
-BATCH_SIZES = (1, 8, 32)
 RECORDING_SHARE = 0.45  # of a time budget, the most that recording takes
-# Seconds for measuring stages, caches and, per batch size, the finished model; and their most as a share of a budget.
-STAGES_S, CACHES_S, LATENCY_S = 20.0, 10.0, 3.0
-STAGES_SHARE, CACHES_SHARE, LATENCY_SHARE = 0.10, 0.05, 0.01
+STAGES_S, STAGES_SHARE = 20.0, 0.10  # for measuring stages, and at most of a budget
+CACHES_S, CACHES_SHARE = 10.0, 0.05  # for measuring caches
 
 
 def fit(
@@ -63,7 +42,7 @@ def fit(
     tolerance: float = 0.01,
     confidence_level: float = 0.95,
     task: str = "classification",
-    method: str = "offramp",
+    method: str | Method = "offramp",
     time_budget_s: float | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -105,18 +84,6 @@ def fit(
     return cached
 
 
-@dataclass
-class Learned:
-    """The neural half of a fit: trained candidates and their measured costs. `choose` makes a model of it."""
-
-    candidates: Candidates
-    trained: list[Trained]
-    costs: CostTable
-    seconds: dict[str, float]
-    time_budget_s: float | None
-    interrupted: bool
-
-
 def learn(
     backbone: nn.Module,
     stream: Iterable[object] | Recording,
@@ -125,7 +92,7 @@ def learn(
     tolerance: float = 0.01,
     confidence_level: float = 0.95,
     task: str = "classification",
-    method: str = "offramp",
+    method: str | Method = "offramp",
     time_budget_s: float | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -136,7 +103,8 @@ def learn(
     started = time.monotonic()
     chosen_task = task_named(task)
     check_levels(tolerance, confidence_level)
-    _check_arguments(method, time_budget_s, seed)
+    chosen_method = method_named(method)
+    _check_arguments(time_budget_s, seed)
     _check_backbone(backbone, device)
     for given in (stream, certify):
         if given is not None and not isinstance(given, Recording):
@@ -144,9 +112,10 @@ def learn(
     folder = None if workdir is None else Path(workdir)
     clock = _Clock()
     example, stream = _example(backbone, stream)
+    _check_labels(chosen_method, example, stream)
     split_model = split(backbone, example.to(_device_of(backbone)))
     clock.lap("split")
-    costs = measure(split_model, batch_sizes=BATCH_SIZES, budget_s=_within(STAGES_S, time_budget_s, STAGES_SHARE))
+    costs = measure(split_model, batch_sizes=BATCH_SIZES, budget_s=within(STAGES_S, time_budget_s, STAGES_SHARE))
     _check_countable(costs)
     clock.lap("measure")
     recording = record(
@@ -161,7 +130,7 @@ def learn(
     )
     clock.lap("record")
     _check_enough(recording, tolerance, confidence_level)
-    with _keeping(recording), graceful_stop() as stop:
+    with keeping(recording), graceful_stop() as stop:
         candidates = Candidates(
             split_model,
             chosen_task,
@@ -173,136 +142,20 @@ def learn(
             workdir=folder,
             show=progress,
         )
-        Search(candidates, tolerance=tolerance).run()
+        chosen_method.learn(candidates, tolerance)
     trained = candidates.ordered()
     clock.lap("train")
-    with _keeping(recording):
-        budget_s = _within(CACHES_S, time_budget_s, CACHES_SHARE)
+    with keeping(recording):
+        budget_s = within(CACHES_S, time_budget_s, CACHES_SHARE)
         costs = measure_caches(costs, split_model, [candidate.cache for candidate in trained], budget_s=budget_s)
     clock.lap("measure_caches")
-    return Learned(candidates, trained, costs, clock.seconds, time_budget_s, stop.requested)
-
-
-def choose(learned: Learned, *, tolerance: float, confidence_level: float) -> CachedModel:
-    """From trained candidates to a certified model: path of plans on tune, fixed sequence on certify, a last timing.
-
-    Call it again with another tolerance to have a second model from the same caches; each certificate holds by itself.
-    """
-    check_levels(tolerance, confidence_level)
-    with _keeping(learned.candidates.recording):
-        return _choose(learned, tolerance, confidence_level)
-
-
-def _choose(learned: Learned, tolerance: float, confidence_level: float) -> CachedModel:
-    started = time.monotonic()
-    candidates, trained, costs = learned.candidates, learned.trained, learned.costs
-    recording = candidates.recording
-    path, errors_M, verdict = _certified_path(candidates, trained, costs, tolerance, confidence_level)
-    candidate = path[max(verdict.index, 0)]
-    plan = _plan(candidate, trained, verdict, path)
-    certificate = Certificate(
-        tolerance=tolerance,
-        confidence_level=confidence_level,
-        n=verdict.n,
-        errors=verdict.errors if plan.caches else 0,
-        bound=verdict.bound if plan.caches else 0.0,
-        procedure="fixed-sequence testing, exact binomial bound",
-        candidates_tested=verdict.candidates_tested,
-        backbone_fingerprint=candidates.split.fingerprint,
-        data_fingerprint=recording.fingerprint(CERTIFY),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        advice=verdict.advice,
-    )
-    cached = _assemble(candidates, trained, plan, certificate, costs)
-    latency: tuple[LatencyRatio, ...] = ()
-    if plan.caches:
-        with torch.inference_mode():
-            sample = recording.sample.to(candidates.split.device)
-            budget_s = _within(LATENCY_S, learned.time_budget_s, LATENCY_SHARE)
-            latency = compare_latency(cached, sample, BATCH_SIZES, budget_s=budget_s)
-        plan = _never_slower(plan, latency)
-        certificate = certificate if plan.caches else dataclasses.replace(certificate, errors=0, bound=0.0)
-        cached = _assemble(candidates, trained, plan, certificate, costs)
-    chosen = candidate if plan.caches else path[0]
-    findings = Findings(trained, path, errors_M, verdict, chosen, latency, learned.seconds, learned.time_budget_s)
-    cached.summary.update(summarise(candidates, cached, costs, findings))
-    cached.summary["fit"]["seconds"]["choose"] = time.monotonic() - started
-    if learned.interrupted:
-        cached.summary["advice"] += " Training was interrupted; a full run may save more."
-    return cached
-
-
-def _certified_path(
-    candidates: Candidates, trained: list[Trained], costs: CostTable, tolerance: float, confidence_level: float
-) -> tuple[tuple[Candidate, ...], list[int], Verdict]:
-    n = len(candidates.recording.index(CERTIFY))
-    if not trained:
-        nothing = (Candidate((), 0.0, 1.0, ()),)
-        return nothing, [0], certify_path([0], n, tolerance, confidence_level)
-    cache_costs = CacheCosts(*shares(costs, weight_flops=WEIGHT_FLOPS))
-    path = plan_path(candidates.records(trained, TUNE), cache_costs, PATH_REACH * tolerance)
-    errors_M = count_errors(candidates.records(trained, CERTIFY), path)
-    return path, errors_M, certify_path(errors_M, n, tolerance, confidence_level)
-
-
-def count_errors(records: Records, path: Iterable[Candidate]) -> list[int]:
-    """Disagreements of each plan of the path on these records."""
-    return [int(outcomes(records, candidate.thresholds_K)[1].sum()) for candidate in path]
-
-
-def _plan(candidate: Candidate, trained: list[Trained], verdict: Verdict, path: tuple[Candidate, ...]) -> Plan:
-    if not trained:
-        return Plan(reason="no cache was trained: training ended before the first one, or none fits this backbone")
-    if verdict.index < 0:
-        return Plan(reason=f"nothing could be certified. {verdict.advice}")
-    enabled = [k for k, threshold in enumerate(candidate.thresholds_K) if np.isfinite(threshold)]
-    if not enabled:
-        what = (
-            "no cache saves more than it costs" if len(path) == 1 else f"no plan with caches passed. {verdict.advice}"
-        )
-        return Plan(reason=what)
-    planned = tuple(
-        PlannedCache(
-            trained[k].cache.name,
-            trained[k].cache.point,
-            float(candidate.thresholds_K[k]),
-            trained[k].cache.confidence_name,
-            float(candidate.hit_rates_K[k]),
-        )
-        for k in enabled
-    )
-    return Plan(planned, candidate.disagreement, candidate.cost)
-
-
-def _assemble(
-    candidates: Candidates, trained: list[Trained], plan: Plan, certificate: Certificate, costs: CostTable
-) -> CachedModel:
-    names = [planned.name for planned in plan.caches]
-    kept = [k for k, candidate in enumerate(trained) if candidate.cache.name in names]
-    costs = dataclasses.replace(
-        costs,
-        caches=tuple(costs.caches[k] for k in kept),
-        cache_points=tuple(costs.cache_points[k] for k in kept),
-    )
-    caches = [trained[k].cache for k in kept]
-    return CachedModel(candidates.split, caches, plan, certificate, costs, task=candidates.task, summary={})
-
-
-def _never_slower(plan: Plan, latency: tuple[LatencyRatio, ...]) -> Plan:
-    """The plan, switched off at the batch sizes where it was measured not to be faster; without caches if at all."""
-    slower = tuple(ratio.batch_size for ratio in latency if ratio.mean >= 1)
-    if len(slower) < len(latency):
-        return dataclasses.replace(plan, bypass_batch_sizes=slower)
-    measured = ", ".join(f"{ratio.mean:.2f} at batch {ratio.batch_size}" for ratio in latency)
-    return Plan(reason=f"the best certified plan was not faster than the full model: time ratio {measured}")
+    return Learned(chosen_method, candidates, trained, costs, clock.seconds, time_budget_s, stop.requested)
 
 
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _check_arguments(method: str, time_budget_s: float | None, seed: int) -> None:
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+def _check_arguments(time_budget_s: float | None, seed: int) -> None:
     if time_budget_s is not None and not time_budget_s > 0:
         raise InputError(f"time_budget_s must be a positive number of seconds or None; received {time_budget_s}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -317,6 +170,15 @@ def _check_backbone(backbone: object, device: str | torch.device | None) -> None
         check_mode(backbone)
     if device is not None:
         _check_device(backbone, torch.device(device))
+
+
+def _check_labels(method: Method, example: Batch, stream: Iterable[object] | Recording) -> None:
+    labelled = stream.label_N is not None if isinstance(stream, Recording) else example.labels_B is not None
+    if method.needs_labels and not labelled:
+        raise InputError(
+            f"method {method.name!r} trains on labels, and the stream has none: let it yield (inputs, labels), or take "
+            "another method; offramp's own needs no labels"
+        )
 
 
 def _check_countable(costs: CostTable) -> None:
@@ -397,26 +259,6 @@ def _check_enough(recording: Recording, tolerance: float, confidence_level: floa
 
 
 # -- small things ----------------------------------------------------------------------------------
-
-
-def _within(seconds: float, time_budget_s: float | None, share: float) -> float:
-    """That many seconds, but no more than this share of a budget."""
-    return seconds if time_budget_s is None else min(seconds, share * time_budget_s)
-
-
-@contextmanager
-def _keeping(recording: Recording) -> Iterator[None]:
-    """Within: what was recorded leaves with a Ctrl-C and with a full disk."""
-    try:
-        yield
-    except RecordingInterrupted:
-        raise
-    except KeyboardInterrupt:
-        message = "interrupted after recording; fit() accepts `error.recorded` in place of the stream."
-        raise RecordingInterrupted(message, recording) from None
-    except StorageError as error:
-        error.recorded = recording
-        raise
 
 
 class _Clock:

@@ -61,6 +61,21 @@ class RecordingInterrupted(KeyboardInterrupt):
         self.recorded = recorded
 
 
+@contextmanager
+def keeping(recording: Recording) -> Iterator[None]:
+    """Within: what was recorded leaves with a Ctrl-C and with a full disk."""
+    try:
+        yield
+    except RecordingInterrupted:
+        raise
+    except KeyboardInterrupt:
+        message = "interrupted after recording; fit() accepts `error.recorded` in place of the stream."
+        raise RecordingInterrupted(message, recording) from None
+    except StorageError as error:
+        error.recorded = recording
+        raise
+
+
 @dataclass
 class Recording:
     """N recorded rows, memory-mapped. `features[k]` is what caches at split point k read: (N, *reduced shape).

@@ -1,0 +1,26 @@
+"""Our own method: students at the input, pooled caches behind them, trunks where they pay (`offramp.search`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from offramp.candidates import Candidates
+from offramp.methods.base import Method
+from offramp.placement import CacheCosts, Thresholds, plan_path
+from offramp.search import Search
+from offramp.types import Records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offramp(Method):
+    """Three rounds of learned caches. Its rule without a certificate: the cheapest plan within the tolerance."""
+
+    name: ClassVar[str] = "offramp"
+    source: ClassVar[str] = "docs/design.md"
+
+    def learn(self, candidates: Candidates, tolerance: float) -> None:
+        Search(candidates, tolerance=tolerance).run()
+
+    def thresholds(self, records: Records, costs: CacheCosts, tolerance: float) -> Thresholds:
+        return plan_path(records, costs, tolerance)[-1].thresholds_K

@@ -1,0 +1,571 @@
+"""Candidates on a recording made by hand: building, pricing, sharing the time, storing, and what they said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offramp import candidates as module
+from offramp.caches import CacheShape, LearnedCache, Reduction
+from offramp.candidates import Candidates, Trained
+from offramp.confidence import auroc
+from offramp.distillation import Recipe, Stop, TrainingLog
+from offramp.errors import StorageError
+from offramp.progress import Bar, bar
+from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
+from offramp.splitting import SplitModel, SplitPoint
+from offramp.streams import Batch
+from offramp.tasks import Classification
+from offramp.types import CostTable, PartCost, RoutingCost, Timing
+
+CLASSES, ROWS = 4, 400
+BACKBONE_FLOPS = 12e6  # so that the narrowest student is 3 % of it
+RECIPE = Recipe(rows=96, batch_size=16)  # six steps
+
+
+# --- a made-up backbone and its recording (test_search.py and test_summary.py use them too) ---------
+
+
+def make_point(
+    name: str, position: int, shape: tuple[int, ...], depth: float, dtype: Any = torch.float32
+) -> SplitPoint:
+    return SplitPoint(name, position, shape, dtype, (shape,), 4, depth)
+
+
+POINTS = (
+    make_point("input", 0, (1, 8, 8), 0.0),
+    make_point("early", 1, (4, 4, 4), 0.3),
+    make_point("late", 2, (6,), 0.8),
+)
+
+
+def make_recording(
+    features: Sequence[NDArray[Any]], logits_NC: NDArray[np.float32], *, labels: bool = True
+) -> Recording:
+    """Of every five rows three train, one tunes and one certifies."""
+    rows = len(logits_NC)
+    keys = np.frombuffer(b"".join(i.to_bytes(16, "little") for i in range(rows)), "V16")
+    return Recording(
+        features=list(features),
+        reductions=[Reduction() for _ in features],
+        logits_NC=logits_NC,
+        part_N=np.array([TRAIN, TRAIN, TRAIN, TUNE, CERTIFY], np.uint8)[np.arange(rows) % 5],
+        copy_N=np.zeros(rows, np.uint8),
+        label_N=np.arange(rows) % CLASSES if labels else None,
+        keys_N=keys,
+        dropped_duplicates=0,
+        sample=Batch((torch.from_numpy(features[0][:4]),)),
+    )
+
+
+def image_recording(rows: int = ROWS, *, labels: bool = True) -> Recording:
+    """Images whose answer is the brightest quarter; later activations hold the quarters and some noise."""
+    random = np.random.default_rng(0)
+    quarters = random.standard_normal((rows, 1, 2, 2))
+    images = quarters.repeat(4, axis=2).repeat(4, axis=3) + 0.5 * random.standard_normal((rows, 1, 8, 8))
+    means = images.reshape(rows, 2, 4, 2, 4).mean((2, 4)).reshape(rows, 4)
+    early = means[:, :, None, None] + 0.3 * random.standard_normal((rows, 4, 4, 4))
+    late = np.concatenate([means, random.standard_normal((rows, 2))], axis=1)
+    features = [values.astype(np.float16) for values in (images, early, late)]
+    return make_recording(features, (8 * means).astype(np.float32), labels=labels)
+
+
+def make_costs(points: Sequence[SplitPoint], flops: float = BACKBONE_FLOPS) -> CostTable:
+    """Each stage does its share of the FLOPs by the depth of its point; all calls take as long."""
+    time_ms = {size: Timing(float(size), float(size), float(size)) for size in (1, 8, 32)}
+    ends = [*(point.depth for point in points[1:]), 1.0]
+    stages = tuple(
+        PartCost(point.name, (end - point.depth) * flops, 10, 40, time_ms)
+        for point, end in zip(points, ends, strict=True)
+    )
+    routing = (RoutingCost(0.0, 0.0, 0.0),) * len(points)
+    return CostTable("cpu", 1, PartCost("backbone", flops, 100, 400, time_ms), stages, routing)
+
+
+def make_candidates(
+    recording: Recording,
+    points: Sequence[SplitPoint] = POINTS,
+    *,
+    seed: int = 0,
+    deadline: float | None = None,
+    workdir: Path | None = None,
+    fingerprint: str = "backbone",
+) -> Candidates:
+    split = SimpleNamespace(points=tuple(points), device=torch.device("cpu"), fingerprint=fingerprint)
+    return Candidates(
+        cast(SplitModel, split),
+        Classification(),
+        recording,
+        make_costs(points),
+        seed=seed,
+        deadline=deadline,
+        stop=Stop(),
+        workdir=workdir,
+        show=False,
+    )
+
+
+def say(
+    candidates: Candidates,
+    position: int,
+    logits_NC: Tensor,
+    *,
+    shape: CacheShape | None = None,
+    reads: Trained | None = None,
+    sure_N: Tensor | None = None,
+) -> Trained:
+    """A candidate that says this on every recorded row, as if it were trained; `sure_N`: its confidence on tune."""
+    shape = shape or CacheShape("linear")
+    cache = candidates.build(candidates.split.points[position], shape, None if reads is None else reads.cache)
+    rows = np.arange(len(candidates.recording))
+    trained = Trained(cache.eval(), position, rows, logits_NC, TrainingLog(1, 1.0, 0.0))
+    tune = candidates.recording.index(TUNE)
+    score_N = cache.confidence(trained.on(tune)) if sure_N is None else sure_N[tune]
+    trained.confidence_N = score_N.double().numpy()
+    candidates.trained.append(trained)
+    return trained
+
+
+class Clock:
+    """In place of the `time` module: stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    stopped = Clock()
+    monkeypatch.setattr(module, "time", stopped)
+    return stopped
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return image_recording()
+
+
+def silent() -> Bar:
+    with bar("", None, show=False) as nothing:
+        return nothing
+
+
+# --- building ---------------------------------------------------------------------------------------
+
+
+def weights(cache: LearnedCache) -> list[Tensor]:
+    return list(cache.state_dict().values())
+
+
+def test_initial_weights_depend_on_the_seed_and_the_name_alone(recording: Recording) -> None:
+    early, late = POINTS[1:]
+    shape = CacheShape("mlp", 16)
+    one = make_candidates(recording).build(early, shape)
+    torch.rand(7)  # neither what was drawn before
+    other = make_candidates(recording)
+    other.build(late, shape)  # nor what was built before
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other.build(early, shape)), strict=True))
+    seeded = make_candidates(recording, seed=1).build(early, shape)
+    assert not torch.equal(one.head.weight, seeded.head.weight)
+    assert not torch.equal(one.head.weight, other.build(late, shape).head.weight)
+
+
+def test_building_leaves_the_global_random_state_alone(recording: Recording) -> None:
+    before = torch.random.get_rng_state()
+    make_candidates(recording).build(POINTS[0], CacheShape("student", 8))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_cache_knows_where_it_is_and_what_it_reads(recording: Recording) -> None:
+    candidates = make_candidates(recording)
+    first = candidates.build(POINTS[0], CacheShape("student", 8))
+    second = candidates.build(POINTS[1], CacheShape("conv", 8), first)
+    assert (second.name, second.point, second.reads) == ("early/conv8x1", "early", "input/student8x1")
+    assert second.head.in_features == 2 * 8 + CLASSES
+    assert [candidates.position(cache) for cache in (first, second)] == [0, 1]
+
+
+def test_token_ids_get_a_vocabulary_as_large_as_the_training_rows_need() -> None:
+    ids = np.zeros((10, 5), np.int32)
+    ids[0, 2], ids[3, 1] = 41, 99  # row 3 is for tuning: its ids are not known when caches are built
+    point = make_point("input", 0, (5,), 0.0, torch.int64)
+    candidates = make_candidates(make_recording([ids], np.zeros((10, CLASSES), np.float32)), (point,))
+    cache = candidates.build(point, CacheShape("transformer", 32))
+    assert cache.vocabulary == 42
+    assert cache.from_feature(torch.from_numpy(ids)).shape == (10, CLASSES)
+
+
+# --- pricing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.035, 0.04, 0.10, 0.5])
+@pytest.mark.parametrize(("kind", "position"), [("student", 0), ("conv", 1)])
+def test_widest_is_the_widest_within_the_share(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, kind: Any, position: int, share: float
+) -> None:
+    monkeypatch.setattr(module, "MAX_WIDTH", 32)  # wide ones take long to build
+    candidates, point = make_candidates(recording), POINTS[position]
+    found = candidates.widest(point, kind, share)
+    fitting = [
+        width
+        for width in range(module.MIN_WIDTH, module.MAX_WIDTH + 1, 8)
+        if candidates.flops_of(candidates.build(point, CacheShape(kind, width))) <= share * BACKBONE_FLOPS
+    ]
+    assert found == CacheShape(kind, max(fitting))
+
+
+def test_widest_is_none_when_the_narrowest_is_above_the_share(recording: Recording) -> None:
+    candidates, narrowest = make_candidates(recording), CacheShape("student", module.MIN_WIDTH)
+    price = candidates.flops_of(candidates.build(POINTS[0], narrowest)) / BACKBONE_FLOPS
+    assert candidates.widest(POINTS[0], "student", 1.001 * price) == narrowest
+    assert candidates.widest(POINTS[0], "student", 0.999 * price) is None
+
+
+def test_pricing_leaves_the_cache_in_its_mode(recording: Recording) -> None:
+    candidates = make_candidates(recording)
+    cache = candidates.build(POINTS[1], CacheShape("conv", 8))
+    for training in (True, False):
+        cache.train(training)
+        running = copy.deepcopy(cache.state_dict())
+        candidates.flops_of(cache)
+        assert cache.training is training
+        assert all(torch.equal(value, running[name]) for name, value in cache.state_dict().items())
+
+
+def test_estimated_costs_are_the_stages_before_and_the_look_up(recording: Recording) -> None:
+    """A linear probe multiplies its features by its classes and does little else."""
+    candidates, nothing = make_candidates(recording), torch.zeros(ROWS, CLASSES)
+    told = [say(candidates, position, nothing) for position in (1, 2)]
+    costs = candidates.estimated_costs(told)
+    assert costs.before_K.tolist() == pytest.approx([0.3, 0.8])
+    by_hand = [2 * features * CLASSES / BACKBONE_FLOPS for features in (2 * 4, 6)]
+    assert costs.cache_K.tolist() == pytest.approx(by_hand)
+
+
+# --- time -------------------------------------------------------------------------------------------
+
+
+def test_seconds_for_leaves_the_cache_and_the_random_state_alone(recording: Recording) -> None:
+    candidates = make_candidates(recording)
+    first = candidates.build(POINTS[0], CacheShape("student", 8))
+    for cache in (first, candidates.build(POINTS[1], CacheShape("mlp", 8), first)):
+        before, state = copy.deepcopy(cache.state_dict()), torch.random.get_rng_state()
+        assert candidates.seconds_for(cache, RECIPE) > 0
+        assert all(torch.equal(value, before[name]) for name, value in cache.state_dict().items())
+        assert cache.training
+        assert not cache.folded
+        assert torch.equal(state, torch.random.get_rng_state())
+    assert candidates.trained == []
+
+
+def test_seconds_for_is_the_time_of_a_step_measured_once_times_the_steps(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def step(cache: LearnedCache, *_: object) -> float:
+        measured.append(cache.name)
+        return 0.25
+
+    monkeypatch.setattr(module, "seconds_per_step", step)
+    candidates = make_candidates(recording)
+    cache = candidates.build(POINTS[2], CacheShape("mlp", 8))
+    assert candidates.seconds_for(cache, Recipe(rows=100, batch_size=10)) == pytest.approx(2.5)
+    assert candidates.seconds_for(cache, Recipe(rows=4000, batch_size=10)) == pytest.approx(100)
+    assert measured == [cache.name]
+
+
+def test_a_deadline_in_the_past_leaves_one_second(recording: Recording, clock: Clock) -> None:
+    assert make_candidates(recording).time_left is None
+    candidates = make_candidates(recording, deadline=clock.now + 40)
+    assert candidates.time_left == 40
+    clock.now += 60
+    assert candidates.time_left == 1
+
+
+def rehearse(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, needs: dict[str, float], takes: Callable[[str, float], float]
+) -> list[tuple[str, float | None]]:
+    """Trainings of which only the clock notices anything; returns their names and limits as they come."""
+    begun: list[tuple[str, float | None]] = []
+
+    def train(self: Candidates, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> None:
+        begun.append((cache.name, limit_s))
+        clock.now += takes(cache.name, 0.0 if limit_s is None else limit_s)
+
+    monkeypatch.setattr(Candidates, "train", train)
+    monkeypatch.setattr(Candidates, "seconds_for", lambda self, cache, recipe: needs[cache.name])
+    return begun
+
+
+def three(candidates: Candidates) -> list[LearnedCache]:
+    return [candidates.build(POINTS[2], CacheShape("mlp", width)) for width in (8, 16, 24)]
+
+
+NEEDS = {"late/mlp8x1": 20.0, "late/mlp16x1": 60.0, "late/mlp24x1": 120.0}
+
+
+def test_under_a_limit_each_gets_time_as_large_as_its_need(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    begun = rehearse(monkeypatch, clock, NEEDS, lambda name, limit: limit)
+    candidates = make_candidates(recording)
+    candidates.train_round("pooled", three(candidates), lambda cache: RECIPE, 50.0)
+    assert [name for name, _ in begun] == list(NEEDS)
+    assert [limit for _, limit in begun] == pytest.approx([5.0, 15.0, 30.0])
+
+
+def test_time_that_a_training_did_not_need_goes_to_those_after_it(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    begun = rehearse(monkeypatch, clock, NEEDS, lambda name, limit: 2.0 if "mlp8" in name else limit)
+    candidates = make_candidates(recording)
+    candidates.train_round("pooled", three(candidates), lambda cache: RECIPE, 50.0)
+    assert [limit for _, limit in begun] == pytest.approx([5.0, 16.0, 32.0])
+
+
+def test_no_training_begins_when_the_time_is_used_up(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    begun = rehearse(monkeypatch, clock, NEEDS, lambda name, limit: 49.8)  # the first one overruns
+    candidates = make_candidates(recording)
+    candidates.train_round("pooled", three(candidates), lambda cache: RECIPE, 50.0)
+    assert [name for name, _ in begun] == ["late/mlp8x1"]
+
+
+def test_without_a_limit_nothing_is_timed(recording: Recording, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    begun = rehearse(monkeypatch, clock, {}, lambda name, limit: 1e6)  # no needs: asking for one is an error
+    candidates = make_candidates(recording)
+    candidates.train_round("pooled", three(candidates), lambda cache: RECIPE, None)
+    assert begun == [(name, None) for name in NEEDS]
+    candidates.train_round("trunks", [], lambda cache: RECIPE, 50.0)
+    assert len(begun) == 3
+
+
+@pytest.mark.parametrize("limit_s", [None, 1000.0])
+def test_a_round_stops_when_the_user_asks(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, clock: Clock, limit_s: float | None
+) -> None:
+    candidates = make_candidates(recording)
+
+    def asked(name: str, limit: float) -> float:
+        candidates.stop.requested = "mlp16" in name
+        return 0.0
+
+    begun = rehearse(monkeypatch, clock, NEEDS, asked)
+    candidates.train_round("pooled", three(candidates), lambda cache: RECIPE, limit_s)
+    assert [name for name, _ in begun] == ["late/mlp8x1", "late/mlp16x1"]
+
+
+# --- training and judging ---------------------------------------------------------------------------
+
+
+def train_two(candidates: Candidates) -> list[Trained]:
+    """A cache after a student that it reads."""
+    student = candidates.build(POINTS[0], CacheShape("student", 8))
+    reader = candidates.build(POINTS[1], CacheShape("conv", 8), student)
+    for name, cache in (("students", student), ("trunks", reader)):
+        candidates.train_round(name, [cache], lambda _: RECIPE, None)
+    return candidates.ordered()
+
+
+def test_a_trained_cache_is_judged_on_the_rows_that_matter(recording: Recording) -> None:
+    """All rows at the input, because later caches are trained on what it says; elsewhere the held-out ones."""
+    student, reader = train_two(make_candidates(recording))
+    held_out = np.flatnonzero(recording.part_N != TRAIN)
+    assert np.array_equal(student.rows, np.arange(ROWS))
+    assert np.array_equal(reader.rows, held_out)
+    assert student.log.steps == reader.log.steps == RECIPE.steps
+    with torch.no_grad():
+        rows = recording.index(CERTIFY)
+        images, early = (torch.from_numpy(recording.features[k][rows]).float() for k in (0, 1))
+        said = student.cache.from_feature(images)
+        torch.testing.assert_close(student.on(rows), said, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(reader.on(rows), reader.cache.from_feature(early, said), rtol=1e-4, atol=1e-4)
+
+
+def test_candidates_are_listed_as_a_request_meets_them(recording: Recording) -> None:
+    candidates = make_candidates(recording)
+    late = candidates.build(POINTS[2], CacheShape("linear"))
+    candidates.train_round("pooled", [late], lambda _: RECIPE, None)
+    train_two(candidates)
+    names = ["input/student8x1", "early/conv8x1", "late/linear"]
+    assert [trained.cache.name for trained in candidates.trained] == [names[2], *names[:2]]
+    assert [trained.cache.name for trained in candidates.ordered()] == names
+    assert candidates.named("early/conv8x1") is candidates.trained[2]
+
+
+def test_the_confidence_chosen_ranks_the_disagreements_best(recording: Recording) -> None:
+    candidates = make_candidates(recording)
+    tune = recording.index(TUNE)
+    for trained in train_two(candidates):
+        agreement = trained.on(tune).argmax(1).numpy() == recording.logits_NC[tune].argmax(1)
+        assert set(trained.auroc) == {"max_softmax", "margin", "entropy", "selector"}
+        assert trained.auroc[trained.cache.confidence_name] == max(trained.auroc.values())
+        assert auroc(trained.confidence_N, agreement) == pytest.approx(trained.auroc[trained.cache.confidence_name])
+        assert (trained.cache.selector is not None) is (trained.cache.confidence_name == "selector")
+
+
+def test_a_cache_that_took_no_step_is_no_candidate(recording: Recording, tmp_path: Path) -> None:
+    candidates = make_candidates(recording, workdir=tmp_path)
+    candidates.stop.requested = True
+    candidates.train(candidates.build(POINTS[2], CacheShape("linear")), RECIPE, None, silent())
+    assert candidates.trained == []
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# --- resuming ---------------------------------------------------------------------------------------
+
+
+def test_a_stored_cache_comes_back_with_the_same_logits_and_log(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = train_two(make_candidates(recording, workdir=tmp_path))
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_, **__: pytest.fail("timed again"))
+    again = make_candidates(recording, workdir=tmp_path)
+    fresh = again.build(POINTS[0], CacheShape("student", 8))
+    assert again.seconds_for(fresh, RECIPE) == 0.0
+    after = train_two(again)
+    for old, new in zip(before, after, strict=True):
+        assert new.log == old.log
+        torch.testing.assert_close(new.logits_NC, old.logits_NC, rtol=1e-5, atol=1e-5)
+        assert np.array_equal(new.rows, old.rows)
+        assert new.cache.confidence_name == old.cache.confidence_name
+        assert new.auroc == pytest.approx(old.auroc)
+        assert new.confidence_N == pytest.approx(old.confidence_N, abs=1e-5)
+        assert not new.cache.training
+        assert new.cache.folded
+        assert not any(parameter.requires_grad for parameter in new.cache.parameters())
+
+
+def test_a_stored_cache_serves_only_the_fit_that_it_was_trained_in(recording: Recording, tmp_path: Path) -> None:
+    shape = CacheShape("linear")
+    candidates = make_candidates(recording, workdir=tmp_path)
+    candidates.train(candidates.build(POINTS[2], shape), RECIPE, None, silent())
+    moved = copy.copy(recording)
+    moved.part_N = np.roll(recording.part_N, 1)
+    for same, other in (
+        (True, make_candidates(recording, workdir=tmp_path)),
+        (False, make_candidates(recording, workdir=tmp_path, seed=1)),
+        (False, make_candidates(recording, workdir=tmp_path, fingerprint="another")),
+        (False, make_candidates(moved, workdir=tmp_path)),
+    ):
+        assert (other.seconds_for(other.build(POINTS[2], shape), RECIPE) == 0.0) is same
+    reading = candidates.build(POINTS[2], shape, candidates.build(POINTS[0], CacheShape("student", 8)))
+    assert candidates.seconds_for(reading, RECIPE) > 0.0, "it reads now, so its head has other inputs"
+
+
+def test_a_half_trained_cache_is_used_but_not_stored(recording: Recording, tmp_path: Path) -> None:
+    candidates = make_candidates(recording, workdir=tmp_path)
+
+    class Impatient:
+        def advance(self, units: float = 1) -> None:
+            candidates.stop.requested = True
+
+        def note(self, text: str) -> None: ...
+
+    candidates.train(candidates.build(POINTS[2], CacheShape("linear")), RECIPE, None, Impatient())
+    assert [trained.log.steps for trained in candidates.trained] == [1]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_cache_that_cannot_be_stored_says_where_and_what_to_do(recording: Recording, tmp_path: Path) -> None:
+    (tmp_path / "caches").write_text("in the way")
+    candidates = make_candidates(recording, workdir=tmp_path)
+    with pytest.raises(StorageError, match=r"could not keep a trained cache in .*caches.*workdir="):
+        candidates.train(candidates.build(POINTS[2], CacheShape("linear")), RECIPE, None, silent())
+
+
+# --- what they said ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [TUNE, CERTIFY])
+def test_records_are_what_a_slow_loop_finds(part: int) -> None:
+    recording = image_recording(40)
+    candidates = make_candidates(recording)
+    random = torch.Generator().manual_seed(1)
+    logits = [torch.randn(40, CLASSES, generator=random) for _ in range(4)]
+    student = say(candidates, 0, logits[0], shape=CacheShape("student", 8))
+    alone = say(candidates, 1, logits[1], shape=CacheShape("mlp", 8))
+    reader = say(candidates, 1, logits[2], shape=CacheShape("conv", 8), reads=student)
+    last = say(candidates, 2, logits[3], reads=reader)
+    told = [student, alone, reader, last]
+    records = candidates.records(told, part)
+    assert records.reads_K == (-1, -1, 0, 2)
+    assert len(records) == 8
+    for i, row in enumerate(recording.index(part)):
+        full = int(recording.logits_NC[row].argmax())
+        assert records.backbone_answer_N[i] == full
+        assert records.label_N is not None
+        assert records.label_N[i] == row % CLASSES
+        for k, trained in enumerate(told):
+            answer = int(trained.logits_NC[row].argmax())
+            assert records.answer_NK[i, k] == answer
+            assert records.agreement_NK[i, k] == (answer == full)
+            expected = trained.logits_NC[row].softmax(-1).amax()  # the first confidence, until another is chosen
+            assert records.confidence_NK[i, k] == pytest.approx(float(expected))
+
+
+def test_records_of_an_unlabelled_recording_have_no_labels() -> None:
+    candidates = make_candidates(image_recording(40, labels=False))
+    told = say(candidates, 0, torch.zeros(40, CLASSES))
+    assert candidates.records([told], TUNE).label_N is None
+
+
+def told_by_the_other(flipped: int | None = None) -> tuple[Candidates, Trained, Trained]:
+    """A cache that agrees exactly where it says what the cache it reads says: only a learned selector can tell.
+
+    At the row `flipped` it is the other way round.
+    """
+    random = torch.Generator().manual_seed(2)
+    read_NC, own_NC = (torch.randn(ROWS, CLASSES, generator=random) for _ in range(2))
+    own_N = own_NC.argmax(1)
+    agrees_N = read_NC.argmax(1) == own_N
+    if flipped is not None:
+        agrees_N[flipped] = ~agrees_N[flipped]
+    full_N = torch.where(agrees_N, own_N, (own_N + 1) % CLASSES)
+    logits_NC = torch.nn.functional.one_hot(full_N, CLASSES).float().numpy()
+    recording = make_recording(image_recording().features, logits_NC)
+    candidates = make_candidates(recording)
+    read = say(candidates, 0, read_NC)
+    own = say(candidates, 2, own_NC, reads=read)
+    candidates._choose_confidence(own, read)
+    return candidates, read, own
+
+
+def test_on_tune_a_row_is_scored_by_a_selector_that_has_not_seen_it() -> None:
+    """So whether a row agrees leaves its own score as it is, and changes those of other rows."""
+    candidates, read, own = told_by_the_other()
+    tune = candidates.recording.index(TUNE)
+    assert own.cache.confidence_name == "selector"
+    confidence_N = candidates.records([read, own], TUNE).confidence_NK[:, 1]
+    for i in (0, 17, 79):
+        changed, read, own = told_by_the_other(flipped=int(tune[i]))
+        records = changed.records([read, own], TUNE)
+        assert own.cache.confidence_name == "selector"
+        assert records.confidence_NK[i, 1] == confidence_N[i]
+        others = np.delete(records.confidence_NK[:, 1] != confidence_N, i)
+        assert 0.6 < others.mean() < 0.9, "four folds of five have seen it"
+
+
+def test_on_certify_a_row_is_scored_by_the_selector_that_will_serve() -> None:
+    candidates, read, own = told_by_the_other()
+    for part, equal in ((CERTIFY, True), (TUNE, False)):
+        rows = candidates.recording.index(part)
+        served = own.cache.confidence(own.on(rows), read.on(rows)).double().numpy()
+        recorded = candidates.records([read, own], part).confidence_NK[:, 1]
+        assert np.array_equal(recorded, served) is equal
+        assert auroc(recorded, candidates.records([read, own], part).agreement_NK[:, 1]) > 0.99
