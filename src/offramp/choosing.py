@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from offramp.calibration import Verdict, check_levels, upper_bound
 from offramp.calibration import certify as certify_path
@@ -40,6 +41,7 @@ class Learned:
     seconds: dict[str, float]
     time_budget_s: float | None
     interrupted: bool
+    to_text: Callable[[Tensor], str] | None = None  # a row of token ids -> its text, where the stream knows
 
 
 def choose(learned: Learned, *, tolerance: float, confidence_level: float, rule: str | None = None) -> CachedModel:
@@ -70,7 +72,9 @@ def _choose(learned: Learned, tolerance: float, confidence_level: float) -> Cach
             certificate = certificate if plan.caches else dataclasses.replace(certificate, errors=0, bound=0.0)
             cached = _assemble(candidates, trained, plan, certificate, costs)
     chosen = candidate if plan.caches else path[0]
-    findings = Findings(trained, path, errors_M, verdict, chosen, latency, learned.seconds, learned.time_budget_s)
+    findings = Findings(
+        trained, path, errors_M, verdict, chosen, latency, learned.seconds, learned.time_budget_s, learned.to_text
+    )
     cached.summary.update(summarise(candidates, cached, costs, findings))
     cached.summary["fit"]["method"] = learned.method.name
     cached.summary["fit"]["seconds"]["choose"] = time.monotonic() - started

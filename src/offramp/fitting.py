@@ -54,7 +54,8 @@ def fit(
     stream: batches of inputs (tensors, tuples, dicts, a DataLoader), in part used to train, tune and certify; or the
     `recorded` of an interrupted call. certify: separate, fresher inputs to tune and certify on. With probability
     `confidence_level` at most a share `tolerance` of the answers differs from the backbone's on such traffic. When
-    nothing pays or nothing passes, the plan has no caches and says why.
+    nothing pays or nothing passes, the plan has no caches and says why. A stream of token ids may have a method
+    `to_text(ids)`, which the report then shows its samples with.
 
     time_budget_s shortens recording and training; without it a run is reproducible from `seed`. workdir keeps what was
     recorded and trained until the fit is complete: call again to resume. The first Ctrl-C while caches are trained ends
@@ -111,6 +112,7 @@ def learn(
             check_stream(given)
     folder = None if workdir is None else Path(workdir)
     clock = _Clock()
+    to_text = getattr(stream, "to_text", None)
     example, stream = _example(backbone, stream)
     _check_labels(chosen_method, example, stream)
     split_model = split(backbone, example.to(_device_of(backbone)))
@@ -149,7 +151,7 @@ def learn(
         budget_s = within(CACHES_S, time_budget_s, CACHES_SHARE)
         costs = measure_caches(costs, split_model, [candidate.cache for candidate in trained], budget_s=budget_s)
     clock.lap("measure_caches")
-    return Learned(chosen_method, candidates, trained, costs, clock.seconds, time_budget_s, stop.requested)
+    return Learned(chosen_method, candidates, trained, costs, clock.seconds, time_budget_s, stop.requested, to_text)
 
 
 # -- arguments -------------------------------------------------------------------------------------

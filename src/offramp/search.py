@@ -32,7 +32,9 @@ TRUNK_SHARE = 0.015
 MAX_TRUNKS = 2
 MAX_POINTS = 12  # split points that get pooled caches
 POOLED_TIME, TRUNK_TIME = 0.15, 0.15  # of the training time, at most
-LEAST = 0.15  # of its full training that a cache has to get to be worth beginning
+# Of their full training that caches have to get to be worth beginning. One student trained to the end saves more than
+# two that are not (docs/experiments.md), so a second one waits for a budget that trains both in full.
+LEAST, LEAST_STUDENTS = 0.15, 1.0
 
 
 class Search:
@@ -132,7 +134,7 @@ class Search:
         n = len(self.candidates.train_rows)
         if cache.shape.kind in ("linear", "mlp"):
             return Recipe(rows=int(np.clip(30 * n, 20_000, 600_000)), batch_size=min(256, max(16, n // 8)))
-        most = 1_000_000 if self.candidates.position(cache) == 0 else 400_000
+        most = 1_500_000 if self.candidates.position(cache) == 0 else 400_000
         rows = int(np.clip(40 * n, 30_000, most))
         return Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
 
@@ -140,14 +142,14 @@ class Search:
         return self.candidates.seconds_for(cache, self._recipe(cache))
 
     def _affordable(self, caches: list[LearnedCache], limit_s: float | None) -> list[LearnedCache]:
-        """As many of these as can get LEAST of their full training within the limit, and at least one. Of those at
-        the input the first ones, of the others a choice that is even in depth."""
+        """As many of these as can get the least part of their full training within the limit, and at least one. Of
+        those at the input the first ones, of the others a choice that is even in depth."""
         if limit_s is None or not caches:
             return caches
         at_input = self.candidates.position(caches[-1]) == 0
         for count in range(len(caches), 1, -1):
             chosen = caches[:count] if at_input else _evenly(caches, count)
-            if LEAST * sum(map(self._seconds, chosen)) <= limit_s:
+            if (LEAST_STUDENTS if at_input else LEAST) * sum(map(self._seconds, chosen)) <= limit_s:
                 return chosen
         return caches[:1] if at_input else _evenly(caches, 1)
 

@@ -166,7 +166,10 @@ class Source(Protocol):
 
 
 class Stream:
-    """The batches of a source: can be iterated any number of times, holds no decoded data."""
+    """The batches of a source: can be iterated any number of times, holds no decoded data.
+
+    to_text: a row of token ids -> the text that it stands for, for the report's samples; None where inputs are no text.
+    """
 
     def __init__(self, source: Source, options: DataOptions) -> None:
         start, stop = _row_range(options)
@@ -174,6 +177,7 @@ class Stream:
         self._start = start
         self._stop = min(stop, len(source))
         self._batch_size = options.batch_size
+        self.to_text = getattr(source, "to_text", None)
         if self._stop <= self._start:
             raise StreamError(
                 f"rows {options.rows or 'all'} (limit {options.limit}) of {len(source)} leave nothing to read"
@@ -230,7 +234,7 @@ class _CalledStream:
 class _ImageFolder:
     """Image files below a folder, in the order of their names. Names of subfolders are not taken for labels."""
 
-    def __init__(self, folder: Path, decode: Callable[[Sequence[bytes]], Tensor]) -> None:
+    def __init__(self, folder: Path, decode: Callable[[Sequence[Any]], object]) -> None:
         self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         self._decode = decode
         if not self._files:
@@ -261,7 +265,11 @@ class _Parquet:
         self._rows = int(file.metadata.num_rows)
         self._column, text = _pick_column(file.schema_arrow, options.column, path)
         self._label = next((key for key in LABEL_KEYS if key in file.schema_arrow.names and key != self._column), None)
-        self._decode = _text_decoder(options) if text else _image_decoder(options)
+        self.to_text: Callable[[Tensor], str] | None = None
+        if text:
+            self._decode, self.to_text = _text_decoder(options)
+        else:
+            self._decode = _image_decoder(options)
 
     def __len__(self) -> int:
         return self._rows
@@ -338,7 +346,7 @@ _FILE_SOURCES: dict[str, Callable[[Path, DataOptions], Source]] = {
 # -------------------------------------------------------------------------------------------------------- decoding
 
 
-def _image_decoder(options: DataOptions) -> Callable[[Sequence[Any]], Tensor]:
+def _image_decoder(options: DataOptions) -> Callable[[Sequence[Any]], object]:
     """Encoded images -> model input: RGB, resized if asked, then the transform or float in [0, 1]."""
     try:
         from PIL import Image
@@ -366,8 +374,8 @@ def _image_decoder(options: DataOptions) -> Callable[[Sequence[Any]], Tensor]:
     return decode
 
 
-def _text_decoder(options: DataOptions) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-    """Texts -> input_ids and attention_mask, padded or cut to one length."""
+def _text_decoder(options: DataOptions) -> tuple[Callable[[Sequence[Any]], object], Callable[[Tensor], str]]:
+    """Texts -> input_ids and attention_mask, padded or cut to one length; and a row of input_ids -> text."""
     if options.tokenizer is None:
         raise InputError("a text column needs a tokenizer: pass its folder (`--tokenizer FOLDER`)")
     if not Path(options.tokenizer).is_dir():
@@ -385,7 +393,10 @@ def _text_decoder(options: DataOptions) -> Callable[[Sequence[Any]], dict[str, T
         )
         return {name: tensor for name, tensor in encoded.items() if isinstance(tensor, Tensor)}
 
-    return decode
+    def to_text(ids_L: Tensor) -> str:
+        return str(tokenizer.decode(ids_L.tolist(), skip_special_tokens=True))
+
+    return decode, to_text
 
 
 def _transformed(transform: Callable[..., object], batch: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from offramp.augment import is_image
 from offramp.calibration import Verdict, upper_bound
@@ -39,6 +40,7 @@ class Findings:
     latency: Sequence[LatencyRatio]
     seconds: dict[str, float]
     time_budget_s: float | None
+    to_text: Callable[[Tensor], str] | None = None  # a row of token ids -> its text, where the stream knows
 
 
 def summarise(candidates: Candidates, cached: CachedModel, costs: CostTable, found: Findings) -> dict[str, Any]:
@@ -171,32 +173,49 @@ def _oracle(candidates: Candidates, cached: CachedModel, found: Findings) -> flo
 
 
 def _samples(candidates: Candidates, cached: CachedModel, found: Findings) -> dict[str, Any]:
-    """A few tuning inputs that leave first, and a few that go all the way: pictures, where inputs are images."""
-    del found
+    """A few tuning inputs that leave first, and a few that go all the way: pictures or texts, where inputs are such."""
     batch = candidates.recording.sample
-    point = candidates.split.points[0]
-    if not cached.plan.caches or not is_image(tuple(point.shape), floating=point.dtype.is_floating_point):
+    as_shown = _as_shown(batch.tensors[0], found.to_text)
+    if not cached.plan.caches or as_shown is None:
         return {"kind": None, "first": [], "last": []}
+    kind, shown = as_shown
     with torch.inference_mode():
         prediction = cached.predict(*batch.to(candidates.split.device).args, **batch.to(candidates.split.device).kwargs)
     left = prediction.left_at_B.cpu().numpy()
     sure = prediction.confidence_B.cpu().numpy()
     order = np.lexsort((-sure, left))
-    images = batch.tensors[0]
 
     def show(row: int) -> dict[str, Any]:
         return {
-            "image": _png(images[row].float().numpy()),
+            kind: shown(row),
             "left_at": cached.exits[left[row]],
             "answer": int(prediction.answer_B[row]),
             "confidence": float(sure[row]),
         }
 
     return {
-        "kind": "image",
+        "kind": kind,
         "first": [show(int(row)) for row in order[:SAMPLES]],
         "last": [show(int(row)) for row in order[::-1][:SAMPLES]],
     }
+
+
+def _as_shown(inputs: Tensor, to_text: Callable[[Tensor], str] | None) -> tuple[str, Callable[[int], str]] | None:
+    """How to show an input to a person: ("image", row -> PNG in base64) or ("text", row -> words); None if neither."""
+    floating = inputs.is_floating_point()
+    if is_image(tuple(inputs.shape[1:]), floating=floating):
+        return "image", lambda row: _png(inputs[row].float().numpy())
+    if not floating and inputs.ndim == 2:
+        return "text", lambda row: (to_text or _token_ids)(inputs[row])
+    return None
+
+
+def _token_ids(ids_L: Tensor) -> str:
+    """The ids themselves, without the padding at the end: what there is to show without a tokenizer."""
+    ids = ids_L.tolist()
+    while len(ids) > 1 and ids[-1] == ids[-2]:
+        ids.pop()
+    return "token ids " + " ".join(map(str, ids))
 
 
 def _png(image_CHW: NDArray[Any]) -> str:
