@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import InputError, MissingExtraError, StreamError
-from offramp.sources import DataOptions, load_model, load_stream
+from offramp.sources import DataOptions, Stream, load_model, load_stream
 from offramp.streams import Batch, read_stream
 
 USER_CODE = """
@@ -279,7 +279,11 @@ def test_transform_must_keep_the_rows(tmp_path: Path, code: Path) -> None:
 def test_text_is_padded_to_one_length(tmp_path: Path) -> None:
     folder = _save_tokenizer(tmp_path / "tokenizer")
     path = _write_parquet(tmp_path / "x.parquet", {"text": ["good", "bad good film"], "label": [1, 0]})
-    (batch,) = _read(load_stream(str(path), DataOptions(tokenizer=str(folder), max_length=6)))
+    stream = load_stream(str(path), DataOptions(tokenizer=str(folder), max_length=6))
+    assert isinstance(stream, Stream)
+    assert stream.to_text is not None
+    (batch,) = _read(stream)
+    assert [stream.to_text(ids) for ids in batch.kwargs["input_ids"]] == ["good", "bad good film"]
     assert set(batch.kwargs) >= {"input_ids", "attention_mask"}
     assert batch.kwargs["input_ids"].shape == (2, 6)
     assert batch.kwargs["attention_mask"].sum(1).tolist() == [3, 5]
@@ -299,6 +303,7 @@ def _save_tokenizer(folder: Path) -> Path:
 
 def test_arrays(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full((5, 3), 2.0))
+    assert getattr(load_stream(str(tmp_path / "a.npy")), "to_text", "") is None
     assert _inputs(load_stream(str(tmp_path / "a.npy"))).dtype == torch.float32
     np.savez(
         tmp_path / "b.npz",

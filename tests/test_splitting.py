@@ -452,7 +452,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         split(lambda x: x, torch.randn(4, 6))  # type: ignore[arg-type]
 
 
-def test_a_model_that_cannot_be_traced_is_explained_by_its_line() -> None:
+def test_a_model_that_cannot_be_traced_is_explained_by_its_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SplitError) as caught:
         split(models.Branches().eval(), torch.randn(4, 6))
     message = str(caught.value)
@@ -461,6 +461,7 @@ def test_a_model_that_cannot_be_traced_is_explained_by_its_line() -> None:
     assert "if x.abs().max() > 1e9:" in message, message
     assert "export:" in message
     assert "fx:" in message
+    assert capfd.readouterr() == ("", ""), "torch's own words on it are not shown"
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +49,24 @@ def _export(module: nn.Module, example: Batch, *, strict: bool) -> fx.GraphModul
     bound = inspect.signature(module.forward).bind(*example.args, **example.kwargs).arguments
     batch = Dim("batch", min=1)
     shapes = pytree.tree_map_only(Tensor, lambda _: {0: batch}, dict(bound))
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        # What torch says about its own ways, and the graphs it prints when it gives up, mean nothing to a user.
-        warnings.simplefilter("ignore")
+    with _quiet():
         program = torch.export.export(module, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=strict)
         return _program_graph(program)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: not a word of torch's about its own ways, nor the graphs it prints when it gives up: they mean nothing to
+    a user, who gets one error in the end that says where tracing stopped."""
+    talkative = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = talkative.level
+    talkative.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        talkative.setLevel(level)
 
 
 def _program_graph(program: ExportedProgram) -> fx.GraphModule:
