@@ -50,8 +50,10 @@ def main() -> None:
 
 def section(name: str, document: dict[str, Any], command: str) -> str:
     hardware, versions = document["hardware"], document["versions"]
+    options = document.get("options", {})
+    given = [f"--{name.replace('_', '-')} {options[name]}" for name in ("seeds", "time_budget") if name in options]
     facts = (
-        f"`{command}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
+        f"`{' '.join([command, *given])}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
         f"{hardware['threads']} threads; torch {versions['torch']}, Python {versions['python']}."
     )
     body = {"overhead": overhead, "split_table": families}.get(name, fits)(document)

@@ -191,3 +191,105 @@ def test_large_values_are_clamped_and_integers_stay() -> None:
 
 def test_labels_name_the_shape() -> None:
     assert [CacheShape("linear").label, CacheShape("mlp", 64, 2).label] == ["linear", "mlp64x2"]
+
+
+# --- the published shapes -------------------------------------------------------------------------
+
+PUBLISHED = [
+    CacheShape("layers"),
+    CacheShape("layers", hidden=(1024,)),
+    CacheShape("layers", pooled=64, hidden=(32,)),
+    CacheShape("layers", convolutions=((32, 3, 1), (64, 5, 2)), hidden=(64, 32)),
+    CacheShape("conv1d", 3),
+    CacheShape("conv1d", 4, 2),
+]
+PUBLISHED_PAIRS = [
+    (activation, shape)
+    for activation in ("map", "sequence", "vector")
+    for shape in PUBLISHED
+    if activation != "vector" or not shape.convolutions
+]
+
+
+def published(activation: str, shape: CacheShape) -> LearnedCache:
+    torch.manual_seed(0)
+    activation_shape = ACTIVATIONS[activation]
+    reduction = reduction_for(activation_shape, is_input=False)
+    return LearnedCache("p/c", "p", shape, activation_shape, CLASSES, reduction=reduction).eval()
+
+
+@pytest.mark.parametrize(("activation", "shape"), PUBLISHED_PAIRS, ids=lambda value: getattr(value, "label", value))
+@torch.no_grad()
+def test_published_shapes_answer_row_by_row_and_can_be_built_again(activation: str, shape: CacheShape) -> None:
+    cache, x = published(activation, shape), rows(activation)
+    logits = cache(x)
+    assert logits.shape == (6, CLASSES)
+    close(cache.from_feature(cache.reduction(x)), logits)
+    close(cache(x[[4, 0]]), logits[[4, 0]])
+    close(cache(x.to(memory_format=torch.channels_last) if x.ndim == 4 else x), logits)
+    cache.fold()
+    close(cache(x), logits)
+    built = build_cache(json.loads(json.dumps(cache.describe())))
+    built.load_state_dict(cache.state_dict())
+    assert built.describe() == cache.describe()
+    torch.testing.assert_close(built(x), cache(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_layers_by_hand() -> None:
+    """GATI's FC and Pool, and a branch of BranchyNet, on a map that the reduction leaves as it is."""
+    x = torch.randn(3, 4, 6, 6).half().float()
+    for shape in (
+        CacheShape("layers", hidden=(10,)),
+        CacheShape("layers", pooled=36, hidden=(10,)),
+        CacheShape("layers", convolutions=((7, 3, 1), (5, 3, 2))),
+    ):
+        cache = LearnedCache("c", "p", shape, (4, 6, 6), CLASSES, reduction=Reduction()).eval()
+        weights = list(cache.body.parameters())
+        if shape.convolutions:
+            hidden = nn.functional.conv2d(x, weights[0], weights[1], padding=1).relu()
+            hidden = nn.functional.conv2d(hidden, weights[2], weights[3], stride=2, padding=1).relu().flatten(1)
+            assert hidden.shape == (3, 5 * 3 * 3)
+        else:
+            flat = x.reshape(3, 36, 4).mean(2) if shape.pooled else x.reshape(3, 144)
+            hidden = (flat @ weights[0].T + weights[1]).relu()
+        close(cache(x), hidden @ cache.head.weight.T + cache.head.bias)
+
+
+@torch.no_grad()
+def test_convolution_over_the_flattened_activation_by_hand() -> None:
+    """It begins as the identity; then with weights at random."""
+    x = torch.randn(3, 2, 4, 4).half().float()
+    cache = LearnedCache("c", "p", CacheShape("conv1d", 3), (2, 4, 4), CLASSES, reduction=Reduction()).eval()
+    close(cache(x), cache.head(x.flatten(1).relu()))
+    weight, bias = (nn.init.normal_(value).flatten() for value in cache.body.parameters())
+    padded = nn.functional.pad(x.flatten(1), (1, 1))
+    hidden = torch.stack([padded[:, i : i + 3] @ weight + bias for i in range(32)], dim=1).squeeze(-1).relu()
+    close(cache(x), hidden @ cache.head.weight.T + cache.head.bias)
+    assert sum(value.numel() for value in cache.body.parameters()) == 4
+
+
+def test_published_shapes_have_a_weight_for_every_number_that_is_recorded() -> None:
+    """4,096 of 65,536, as in GATI's Pool(4096)."""
+    cache = LearnedCache(
+        "c",
+        "p",
+        CacheShape("layers", hidden=(1024,)),
+        (64, 32, 32),
+        10,
+        reduction=reduction_for((64, 32, 32), is_input=False),
+    )
+    assert sum(value.numel() for value in cache.body.parameters()) == 4096 * 1024 + 1024
+    assert cache.head.in_features == 1024
+
+
+def test_convolutions_need_positions() -> None:
+    with pytest.raises(
+        ValueError, match=r"layers-8k3s1 has convolutions, and activations of shape \(16,\) no positions"
+    ):
+        published("vector", CacheShape("layers", convolutions=((8, 3, 1),)))
+
+
+def test_labels_of_published_shapes_tell_them_apart() -> None:
+    expected = ["layers", "layers-1024", "layers-pool64-32", "layers-32k3s1-64k5s2-64-32", "conv1d3x1", "conv1d4x2"]
+    assert [shape.label for shape in PUBLISHED] == expected

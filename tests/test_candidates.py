@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp import candidates as module
+from offramp import distillation
 from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.candidates import Candidates, Trained
 from offramp.confidence import auroc
@@ -179,7 +181,8 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone(recording: Record
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other.build(early, shape)), strict=True))
     seeded = make_candidates(recording, seed=1).build(early, shape)
     assert not torch.equal(one.head.weight, seeded.head.weight)
-    assert not torch.equal(one.head.weight, other.build(late, shape).head.weight)
+    namesake = other.build(make_point("another", 1, early.shape, early.depth), shape)
+    assert not torch.equal(one.head.weight, namesake.head.weight)
 
 
 def test_building_leaves_the_global_random_state_alone(recording: Recording) -> None:
@@ -210,8 +213,10 @@ def test_token_ids_get_a_vocabulary_as_large_as_the_training_rows_need() -> None
 # --- pricing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.035, 0.04, 0.10, 0.5])
-@pytest.mark.parametrize(("kind", "position"), [("student", 0), ("conv", 1)])
+@pytest.mark.parametrize(
+    ("kind", "position", "share"),
+    [("student", 0, 0.035), ("student", 0, 0.10), ("student", 0, 0.9), ("conv", 1, 0.01), ("conv", 1, 0.015)],
+)
 def test_widest_is_the_widest_within_the_share(
     recording: Recording, monkeypatch: pytest.MonkeyPatch, kind: Any, position: int, share: float
 ) -> None:
@@ -418,6 +423,31 @@ def test_the_confidence_chosen_ranks_the_disagreements_best(recording: Recording
         assert (trained.cache.selector is not None) is (trained.cache.confidence_name == "selector")
 
 
+def test_a_method_may_fix_the_confidence_of_all_caches(recording: Recording) -> None:
+    for name in ("margin", "selector"):
+        candidates = make_candidates(recording)
+        candidates.confidence = name
+        assert [trained.cache.confidence_name for trained in train_two(candidates)] == [name] * 2
+        assert all((trained.cache.selector is not None) is (name == "selector") for trained in candidates.trained)
+        tune = candidates.recording.index(TUNE)
+        for trained in candidates.trained if name == "margin" else ():
+            assert trained.confidence_N == pytest.approx(trained.cache.confidence(trained.on(tune)).double().numpy())
+
+
+def test_a_cache_that_learned_by_other_means_is_judged_as_the_others_are(recording: Recording) -> None:
+    candidates = make_candidates(recording)
+    cache = candidates.build(POINTS[2], CacheShape("linear"))
+    candidates.add(cache, TrainingLog(0, 0.5, 0.0))
+    (added,) = candidates.trained
+    assert added.cache is cache
+    assert not cache.training
+    rows = recording.index(CERTIFY)
+    with torch.no_grad():
+        said = cache.from_feature(torch.from_numpy(recording.features[2][rows]).float())
+    torch.testing.assert_close(added.on(rows), said)
+    assert added.auroc.keys() >= {"max_softmax", "selector"}
+
+
 def test_a_cache_that_took_no_step_is_no_candidate(recording: Recording, tmp_path: Path) -> None:
     candidates = make_candidates(recording, workdir=tmp_path)
     candidates.stop.requested = True
@@ -441,7 +471,7 @@ def test_a_stored_cache_comes_back_with_the_same_logits_and_log(
     after = train_two(again)
     for old, new in zip(before, after, strict=True):
         assert new.log == old.log
-        torch.testing.assert_close(new.logits_NC, old.logits_NC, rtol=1e-5, atol=1e-5)
+        assert torch.equal(new.logits_NC, old.logits_NC)
         assert np.array_equal(new.rows, old.rows)
         assert new.cache.confidence_name == old.cache.confidence_name
         assert new.auroc == pytest.approx(old.auroc)
@@ -464,6 +494,7 @@ def test_a_stored_cache_serves_only_the_fit_that_it_was_trained_in(recording: Re
         (False, make_candidates(moved, workdir=tmp_path)),
     ):
         assert (other.seconds_for(other.build(POINTS[2], shape), RECIPE) == 0.0) is same
+    assert candidates.seconds_for(candidates.build(POINTS[2], shape), Recipe(rows=160, batch_size=16)) > 0.0
     reading = candidates.build(POINTS[2], shape, candidates.build(POINTS[0], CacheShape("student", 8)))
     assert candidates.seconds_for(reading, RECIPE) > 0.0, "it reads now, so its head has other inputs"
 
@@ -569,3 +600,48 @@ def test_on_certify_a_row_is_scored_by_the_selector_that_will_serve() -> None:
         recorded = candidates.records([read, own], part).confidence_NK[:, 1]
         assert np.array_equal(recorded, served) is equal
         assert auroc(recorded, candidates.records([read, own], part).agreement_NK[:, 1]) > 0.99
+
+
+# --- what resuming must not trust ----------------------------------------------------------------------
+
+
+def cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """A recording, and in `tmp_path` a cache whose training a time limit cut short."""
+    recording, ticks = image_recording(), itertools.count()
+    candidates = make_candidates(recording, workdir=tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+        candidates.train(candidates.build(POINTS[2], CacheShape("linear")), RECIPE, 3.0, silent())
+    assert candidates.trained[0].log.steps < RECIPE.steps
+    return recording
+
+
+def test_a_training_that_was_cut_short_is_done_again_without_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = make_candidates(cut_short(tmp_path, monkeypatch), workdir=tmp_path)
+    again.train_round("pooled", [again.build(POINTS[2], CacheShape("linear"))], lambda _: RECIPE, None)
+    assert again.trained[0].log.steps == RECIPE.steps
+
+
+def test_a_training_that_was_cut_short_will_do_under_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = make_candidates(cut_short(tmp_path, monkeypatch), workdir=tmp_path, deadline=float("inf"))
+    again.train(again.build(POINTS[2], CacheShape("linear")), RECIPE, 100.0, silent())
+    assert again.trained[0].log.steps < RECIPE.steps
+
+
+def test_a_damaged_stored_cache_is_trained_again(tmp_path: Path) -> None:
+    recording = image_recording()
+    for _ in range(2):
+        candidates = make_candidates(recording, workdir=tmp_path)
+        candidates.train(candidates.build(POINTS[2], CacheShape("linear")), RECIPE, None, silent())
+        assert candidates.trained[0].log.steps == RECIPE.steps
+        for file in tmp_path.rglob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:40])
+
+
+def test_building_leaves_the_seeds_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    make_candidates(image_recording()).build(POINTS[2], CacheShape("linear"))
+    assert not seeded

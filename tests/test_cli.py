@@ -152,6 +152,7 @@ def test_commands_and_their_options_are_these() -> None:
         "predict": loaded | {"out", "as_json"} | reading | part,
         "report": {"folder", "html", "as_json"},
         "demo": {"folder", "seed", "as_json"},
+        "bench": {"suite", "out", "as_json"},
     }
 
 
@@ -288,6 +289,7 @@ def test_inspect_says_why_a_model_cannot_be_split(
         ),
         (["eval", "nowhere", "{data}"], "no such folder: nowhere; expected one that `offramp fit --out DIR` wrote"),
         (["report", "{folder}"], "manifest.json is missing"),
+        (["bench", "nothing.toml", "--out", "{folder}"], "the suite nothing.toml could not be read"),
     ],
 )
 def test_mistakes_end_with_one_message_and_code_2(
@@ -301,6 +303,28 @@ def test_mistakes_end_with_one_message_and_code_2(
     assert out.replace("a user's own words", "").strip() == ""
     assert run(*filled, "--json") == 2
     assert message in _last_json(capsys)["error"]
+
+
+@pytest.mark.parametrize(("status", "code"), [("done", 0), ("failed", 1)])
+def test_bench_prints_the_table_and_fails_with_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str, code: int
+) -> None:
+    from offramp import bench
+
+    def run_suite(suite: str, out: Path) -> bench.Outcome:
+        print("words on stdout, by mistake")
+        assert suite == "suite of suite.toml"
+        return bench.Outcome(({"status": status},), 1, "| table |\n", out / "results.jsonl", out / "table.md", None)
+
+    monkeypatch.setattr(bench, "read_suite", lambda path: f"suite of {path}")
+    monkeypatch.setattr(bench, "run_suite", run_suite)
+    assert run("bench", "suite.toml", "--out", tmp_path) == code
+    assert capsys.readouterr().out.splitlines()[-1] == "| table |"
+    assert run("bench", "suite.toml", "--out", tmp_path, "--json") == code
+    document = _last_json(capsys)
+    assert (document["ran"], document["failed"], document["lines"]) == (1, code, [{"status": status}])
+    assert document["results"] == str(tmp_path / "results.jsonl")
+    assert document["page"] is None
 
 
 @pytest.mark.usefixtures("calls")

@@ -17,7 +17,19 @@ from torch import Tensor
 
 from offramp import distillation
 from offramp.caches import CacheShape, LearnedCache, Reduction
-from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, distillation_loss, graceful_stop, train
+from offramp.distillation import (
+    Recipe,
+    Stop,
+    TrainingLog,
+    cache_logits,
+    distillation_loss,
+    graceful_stop,
+    has_fast_bfloat16,
+    labelled,
+    recipe_loss,
+    train,
+)
+from offramp.errors import InputError
 from offramp.recording import Recording
 
 FEATURES, CLASSES, ROWS = 8, 3, 2000
@@ -172,6 +184,65 @@ def test_logits_of_recorded_rows_do_not_depend_on_the_chunks(recording: Recordin
     torch.testing.assert_close(every[[3, 299, 300]], some)
 
 
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **capabilities: Any) -> None:
+    """A CPU with these capabilities."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, False), ({}, False)],
+)
+def test_a_cpu_is_fast_in_bfloat16_where_it_multiplies_matrices_of_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
+) -> None:
+    pretend(monkeypatch, **capabilities)
+    assert has_fast_bfloat16(torch.device("cpu")) is expected
+    assert has_fast_bfloat16(torch.device("meta")) is False
+
+
+def test_a_torch_that_cannot_tell_is_taken_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert has_fast_bfloat16(torch.device("cpu")) is False
+
+
+def test_training_in_bfloat16_leaves_float32_weights_that_agree(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 is for the steps alone: weights, the optimizer's state and all that a cache says stay float32."""
+    heads: list[torch.dtype] = []
+    states: list[torch.dtype] = []
+    inner = distillation._Session.step
+
+    def noted(self: distillation._Session, done: float) -> float:
+        hook = self.cache.head.register_forward_hook(lambda module, given, out: heads.append(out.dtype))
+        loss = inner(self, done)
+        hook.remove()
+        states.extend(v.dtype for state in self.optimizer.state.values() for v in state.values() if v.ndim)
+        return loss
+
+    monkeypatch.setattr(distillation._Session, "step", noted)
+    caches, logs = [], []
+    for fast in (False, True):
+        pretend(monkeypatch, amx_bf16=fast)
+        heads.clear()
+        caches.append(make())
+        logs.append(learn(caches[-1], recording))
+        assert set(heads) == {torch.bfloat16 if fast else torch.float32}
+    slow, quick = caches
+    assert set(states) == {torch.float32}
+    assert {value.dtype for value in quick.state_dict().values()} == {torch.float32}
+    assert not torch.equal(quick.head.weight, slow.head.weight), "it was trained another way"
+    fresh = np.arange(1600, ROWS)
+    assert cache_logits(quick, recording, 0, fresh, None, torch.device("cpu")).dtype == torch.float32
+    assert agreement(quick, recording) > 0.9
+    assert agreement(quick, recording) > agreement(slow, recording) - 0.03
+    assert logs[1].final_loss == pytest.approx(logs[0].final_loss, rel=0.5)
+
+
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
@@ -205,3 +276,99 @@ def test_in_another_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [(False, True)]
+
+
+# --- the losses of the published recipes ------------------------------------------------------------
+
+
+def log_softmax(row: list[float], temperature: float) -> list[float]:
+    total = math.log(sum(math.exp(value / temperature) for value in row))
+    return [value / temperature - total for value in row]
+
+
+def loss_by_hand(logits: Tensor, target: Tensor, hard: Tensor, alpha: float, temperature: float) -> float:
+    total = 0.0
+    for row, target_row, answer in zip(logits.tolist(), target.tolist(), hard.tolist(), strict=True):
+        q, p = log_softmax(row, temperature), log_softmax(target_row, temperature)
+        total += alpha * temperature**2 * sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+        total -= (1 - alpha) * log_softmax(row, 1.0)[answer]
+    return total / len(logits)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "temperature"),
+    [(0.5, 6.0), (1.0, 1.0), (0.0, 2.0), (0.3, 1.5)],
+    ids=["gati", "selfxit", "branchynet", "-"],
+)
+def test_the_losses_of_the_papers_by_hand(alpha: float, temperature: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, target = (3 * torch.randn(7, CLASSES, generator=random) for _ in range(2))
+    hard = torch.randint(0, CLASSES, (7,), generator=random)
+    recipe = Recipe(100, alpha=alpha, temperature=temperature)
+    expected = loss_by_hand(logits, target, hard, alpha, temperature)
+    assert float(recipe_loss(logits, target, hard, recipe)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_our_own_recipe_is_distillation_alone() -> None:
+    logits, target, nowhere = torch.randn(7, CLASSES), torch.randn(7, CLASSES), torch.full((7,), -1)
+    recipe = Recipe(100)
+    assert torch.equal(recipe_loss(logits, target, nowhere, recipe), distillation_loss(logits, target, 2.0))
+    assert not recipe.on_labels
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_a_weight_that_is_no_share_is_refused(alpha: float) -> None:
+    with pytest.raises(InputError, match="alpha weighs two losses"):
+        Recipe(100, alpha=alpha)
+
+
+def with_labels(recording: Recording, label_N: Any) -> Recording:
+    return cast(Recording, SimpleNamespace(**vars(recording) | {"label_N": label_N}))
+
+
+def test_labels_are_learned_from_the_rows_that_have_one(recording: Recording) -> None:
+    """The labels are the answers, one class on; rows without one would teach something else."""
+    label_N = (recording.logits_NC.argmax(1) + 1) % CLASSES
+    label_N[::2] = -1
+    given = with_labels(recording, label_N)
+    recipe = Recipe(rows=6000, batch_size=50, learning_rate=1e-2, alpha=0.0, hard="label")
+    assert recipe.on_labels
+    cache, device = make(), torch.device("cpu")
+    session = distillation._Session(cache, given, 0, np.arange(1600), None, recipe, 0, device)
+    assert session.rows.rows.tolist() == list(range(1, 1600, 2))
+    for _ in range(recipe.steps):
+        session.step(0.3)
+    fresh = np.arange(1600, ROWS)
+    answer_N = cache_logits(cache.eval(), given, 0, fresh, None, device).argmax(1).numpy()
+    assert (answer_N == (recording.logits_NC[fresh].argmax(1) + 1) % CLASSES).mean() > 0.9
+
+
+def test_a_mixed_loss_learns_the_backbones_answer(recording: Recording) -> None:
+    """Without labels: the recording has none to look at."""
+    recipe = Recipe(rows=6000, batch_size=50, learning_rate=1e-2, alpha=0.5, temperature=6.0)
+    cache = make()
+    assert not recipe.on_labels
+    train(
+        cache,
+        recording,
+        0,
+        np.arange(1600),
+        None,
+        recipe,
+        seed=0,
+        time_limit_s=None,
+        device=torch.device("cpu"),
+        stop=Stop(),
+        progress=Ticks(),
+    )
+    assert agreement(cache, recording) > 0.9
+
+
+def test_labels_that_cannot_be_learned_are_refused(recording: Recording) -> None:
+    rows = np.arange(10)
+    with pytest.raises(InputError, match="not every recorded input has one"):
+        labelled(with_labels(recording, None), rows)
+    with pytest.raises(InputError, match="0 training inputs have a label; expected whole numbers from 0 to 2"):
+        labelled(with_labels(recording, np.full(ROWS, -1)), rows)
+    with pytest.raises(InputError, match="10 training inputs have a label; the largest is 3; expected .* from 0 to 2"):
+        labelled(with_labels(recording, np.full(ROWS, 3)), rows)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.caches import CacheShape, LearnedCache, Reduction
+from offramp.caches.result import ResultCache
 from offramp.calibration import interval
 from offramp.errors import StreamError
 from offramp.evaluation import compare_latency, evaluate
@@ -196,3 +197,12 @@ def test_evaluate_measures_latency_on_rows_of_the_stream() -> None:
     found = evaluate(make(), data()[0].split(20), batch_sizes=(2,), latency_budget_s=0.0)
     assert [ratio.batch_size for ratio in found.latency] == [2]
     assert found.to_json()["latency"][0]["batch_size"] == 2
+
+
+def test_a_result_cache_is_left_out_and_put_back() -> None:
+    cached, (x, _) = make(), data()
+    cached.result_cache = results = ResultCache(1 << 20)
+    evaluation = evaluate(cached, [x, x], batch_sizes=())
+    assert evaluation.n == 2 * len(x)
+    assert cached.result_cache is results
+    assert results.totals().rows == 0

@@ -127,8 +127,8 @@ def test_a_level_outside_0_1_is_refused(backbone: nn.Module) -> None:
 
 
 def test_an_unknown_method_lists_the_known_ones(backbone: nn.Module) -> None:
-    with pytest.raises(InputError, match=r"'gati'; known: offramp"):
-        quick_fit(backbone, method="gati")
+    with pytest.raises(InputError, match=r"'magic'; known: offramp"):
+        quick_fit(backbone, method="magic")
 
 
 def test_an_unknown_task_lists_the_known_ones(backbone: nn.Module) -> None:

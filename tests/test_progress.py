@@ -58,3 +58,13 @@ def test_an_error_inside_comes_out_and_the_bar_ends(capfd: pytest.CaptureFixture
         raise ValueError("inside")
     work(show=show)  # a bar that had not ended would refuse a second one
     assert capfd.readouterr().out == ""
+
+
+def test_what_the_program_prints_stays_on_stdout(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    with bar("recording", 2, show=True) as running:
+        print("from the stream")
+        running.advance()
+    assert "from the stream" in capsys.readouterr().out

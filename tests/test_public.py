@@ -13,7 +13,7 @@ import pytest
 import offramp
 
 FUNCTIONS = {"evaluate", "fit", "load", "save", "split"}
-VALUES = {"CachedModel", "Certificate", "Evaluation", "Plan", "Prediction"}
+VALUES = {"CachedModel", "Certificate", "Evaluation", "Plan", "Prediction", "ResultCache"}
 ERRORS = {
     "ArtifactError",
     "InputError",

@@ -9,6 +9,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from offramp.caches import CacheShape
 from offramp.calibration import Verdict, upper_bound
 from offramp.candidates import Candidates, Trained
 from offramp.distillation import Recipe, Stop
-from offramp.model import BACKBONE, CachedModel
+from offramp.model import BACKBONE, CachedModel, Prediction
 from offramp.placement import OFF, Candidate
 from offramp.recording import CERTIFY, TUNE, record
 from offramp.splitting import split
@@ -338,13 +339,66 @@ def test_a_sample_shows_its_own_image_and_answer(fit: Fit) -> None:
     assert sure == sorted(sure, reverse=True), "the surest of those that leave first"
 
 
-def test_inputs_that_are_no_images_have_no_samples(fit: Fit) -> None:
-    points = (make_point("input", 0, (6,), 0.0),)
-    candidates = SimpleNamespace(
-        split=SimpleNamespace(points=points), recording=SimpleNamespace(sample=Batch((torch.zeros(2, 6),)))
+def samples_of(inputs: Tensor, *, to_text: Callable[[Tensor], str] | None = None) -> dict[str, Any]:
+    """Samples of these inputs where the first half leaves at the cache, surer from row to row, the others do not."""
+    rows = len(inputs)
+    left_at = (torch.arange(rows) >= rows // 2).long()
+    sure = torch.where(left_at == 0, torch.linspace(0.5, 0.9, rows), torch.ones(rows))
+    row_of = {tuple(row.flatten().tolist()): number for number, row in enumerate(inputs)}
+
+    def predict(x: Tensor) -> Prediction:
+        of = torch.tensor([row_of[tuple(row.flatten().tolist())] for row in x])
+        return Prediction(of, left_at[of], sure[of], None)
+
+    cached = SimpleNamespace(
+        plan=SimpleNamespace(caches=("one",)),
+        exits=("one", BACKBONE),
+        costs=SimpleNamespace(backbone=SimpleNamespace(time_ms={1: None, 5: None, 8: None})),
+        bypasses=lambda size: size == 8,
+        predict=predict,
     )
-    found = _samples(cast(Candidates, candidates), fit.cached, fit.found)
-    assert found == {"kind": None, "first": [], "last": []}
+    batch = Batch((inputs,))
+    split_model = SimpleNamespace(
+        points=(make_point("input", 0, tuple(inputs.shape[1:]), 0.0, inputs.dtype),),
+        device=torch.device("cpu"),
+        flatten=lambda batch: batch.tensors,
+        activation=lambda position, live: live[0],
+    )
+    candidates = SimpleNamespace(split=split_model, recording=SimpleNamespace(sample=batch))
+    found = SimpleNamespace(to_text=to_text)
+    return _samples(cast(Candidates, candidates), cast(CachedModel, cached), cast(Findings, found))
+
+
+def test_inputs_that_are_neither_images_nor_token_ids_have_no_samples() -> None:
+    for inputs in (torch.zeros(4, 6), torch.zeros(4, 5, 16), torch.zeros(4, 3, 5, 16, dtype=torch.int64)):
+        assert samples_of(inputs) == {"kind": None, "first": [], "last": []}
+
+
+def test_samples_go_from_where_requests_leave_first_and_last_inwards() -> None:
+    """Twelve texts, of which six leave at the cache: a list of eight has two of the others at its end."""
+    ids = torch.arange(24).view(12, 2)
+    samples = samples_of(ids, to_text=lambda row: f"text {int(row[0]) // 2}")
+    assert samples["kind"] == "text"
+    assert SAMPLES == 8
+    assert [one["left_at"] for one in samples["first"]] == ["one"] * 6 + [BACKBONE] * 2
+    assert [one["left_at"] for one in samples["last"]] == [BACKBONE] * 6 + ["one"] * 2
+    assert [one["text"] for one in samples["first"][:6]] == [f"text {row}" for row in (5, 4, 3, 2, 1, 0)]
+    assert [one["text"] for one in samples["last"][6:]] == ["text 0", "text 1"], "the least sure"
+
+
+def test_samples_tell_where_requests_leave_also_where_large_batches_are_bypassed(fit: Fit) -> None:
+    plan = dataclasses.replace(fit.cached.plan, bypass_batch_sizes=(32,))
+    cached = CachedModel(
+        fit.candidates.split,
+        [fit.found.trained[k].cache for k in (0, 2)],
+        plan,
+        fit.cached.certificate,
+        fit.cached.costs,
+        task=Classification(),
+        summary={},
+    )
+    samples = summarise(fit.candidates, cached, fit.costs, fit.found)["samples"]
+    assert samples["first"][0]["left_at"] != BACKBONE
 
 
 def test_token_ids_are_shown_as_the_text_they_stand_for() -> None:

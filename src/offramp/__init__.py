@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from offramp.artifact import load as load
     from offramp.artifact import save as save
+    from offramp.caches.result import ResultCache as ResultCache
     from offramp.errors import (
         ArtifactError as ArtifactError,
     )
@@ -49,6 +50,7 @@ _HOME = {
     "load": "artifact",
     "CachedModel": "model",
     "Prediction": "model",
+    "ResultCache": "caches.result",
     "Plan": "types",
     "Certificate": "types",
     "Evaluation": "types",

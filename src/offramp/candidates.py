@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ class Candidates:
         self.classes = recording.logits_NC.shape[1]
         self.flops = costs.backbone.flops
         self.trained: list[Trained] = []
+        self.confidence: str | None = None  # what every cache decides by; None: by what ranks best on tune
         self._step_s: dict[str, float] = {}  # measured seconds per training step, by a cache's name
 
     @property
@@ -98,7 +100,8 @@ class Candidates:
         name = f"{point.name}/{shape.label}"
         with torch.random.fork_rng(devices=[]):
             # By its name, so that a resumed search, which skips some, begins each cache alike.
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:6], "little"))
+            seed = int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:6], "little")
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: only its state is put back
             return LearnedCache(
                 name,
                 point.name,
@@ -128,7 +131,7 @@ class Candidates:
         read = None if cache.reads is None else torch.zeros(1, self.classes)
         training = cache.training
         cache.eval()
-        device = next(cache.parameters()).device
+        device = next(itertools.chain(cache.parameters(), cache.buffers())).device
         with torch.inference_mode():
             flops = count_flops(
                 lambda: cache.from_feature(feature.to(device), None if read is None else read.to(device))
@@ -148,7 +151,7 @@ class Candidates:
 
     def seconds_for(self, cache: LearnedCache, recipe: Recipe) -> float:
         """Estimate of the time that this training takes, from two timed steps; 0 where an earlier run has done it."""
-        if self._is_stored(cache, recipe):
+        if self._stored_log(cache, recipe) is not None:
             return 0.0
         if cache.name not in self._step_s:
             self._step_s[cache.name] = seconds_per_step(
@@ -219,7 +222,7 @@ class Candidates:
         return trained
 
     def _judge(self, cache: Cache, position: int, log: TrainingLog) -> Trained:
-        """Run the cache on the rows that matter and pick the confidence that ranks its disagreements best on tune."""
+        """Run the cache on the rows that matter and pick `confidence`, or the one that ranks best on tune."""
         rows = np.arange(len(self.recording)) if position == 0 else self.judged_rows
         read = None if cache.reads is None else self.named(cache.reads)
         read_NC = None if read is None else read.on(rows)
@@ -236,7 +239,8 @@ class Candidates:
         scores = {name: function(logits).double().numpy() for name, function in trained.cache.confidences().items()}
         scores["selector"] = _cross_fitted(statistics(logits, read_BC), torch.from_numpy(agreement), self.seed)
         trained.auroc = {name: auroc(score, agreement) for name, score in scores.items()}
-        best = max(trained.auroc, key=lambda name: (np.nan_to_num(trained.auroc[name], nan=0.0), name != "selector"))
+        ranked = max(trained.auroc, key=lambda name: (np.nan_to_num(trained.auroc[name], nan=0.0), name != "selector"))
+        best = self.confidence or ranked
         selector = None
         if best == "selector":
             selector = Selector.fitted(statistics(logits, read_BC), torch.from_numpy(agreement))
@@ -302,8 +306,17 @@ class Candidates:
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return self.store / f"{key}.safetensors"
 
-    def _is_stored(self, cache: LearnedCache, recipe: Recipe) -> bool:
-        return self.store is not None and self._file(cache, recipe).exists()
+    def _stored_log(self, cache: LearnedCache, recipe: Recipe) -> TrainingLog | None:
+        """How the stored cache of this name and recipe was trained; None where there is none, it cannot be read, or a
+        time limit cut its training short and this run has none."""
+        if self.store is None:
+            return None
+        try:
+            with safe_open(self._file(cache, recipe), "pt") as header:
+                log = TrainingLog(**json.loads(header.metadata()["log"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return log if log.steps >= recipe.steps or self.deadline is not None else None
 
     def _save(self, trained: Trained, cache: LearnedCache, recipe: Recipe) -> None:
         if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
@@ -323,14 +336,13 @@ class Candidates:
             ) from error
 
     def _load(self, cache: LearnedCache, recipe: Recipe) -> Trained | None:
-        if not self._is_stored(cache, recipe):
+        log = self._stored_log(cache, recipe)
+        if log is None:
             return None
-        file = self._file(cache, recipe)
-        with safe_open(file, "pt") as header:
-            log = TrainingLog(**json.loads(header.metadata()["log"]))
         ready = LearnedCache.described(cache.describe() | {"folded": True})
-        ready.load_state_dict(load_file(file))
-        ready.to(self.split.device).requires_grad_(requires_grad=False)
+        ready.load_state_dict(load_file(self._file(cache, recipe)))
+        ready.to(self.split.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ready.requires_grad_(requires_grad=False)
         return self._judge(ready, self.position(ready), log)
 
 

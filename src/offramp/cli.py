@@ -322,6 +322,31 @@ def demo(
         output.document = run(folder, seed=seed, show=output.show)
 
 
+@app.command()
+def bench(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A TOML file of models, data, methods and settings")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same command again resumes")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on models as SUITE says: JSON lines, a table and a page of plots. Exit code 1 if a cell fails."""
+    with _output(as_json=as_json) as output:
+        from offramp.bench import read_suite, run_suite
+
+        outcome = run_suite(read_suite(suite), out)
+        output.say(outcome.table.rstrip())
+        output.document = {
+            "results": outcome.results_path,
+            "table": outcome.table_path,
+            "page": outcome.page_path,
+            "ran": outcome.ran,
+            "failed": outcome.failed,
+            "lines": outcome.lines,
+        }
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
 class Output:
     """Where a command's words go: people read stdout, or stderr when stdout belongs to the JSON document."""
 

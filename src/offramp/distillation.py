@@ -1,9 +1,12 @@
 """Train one cache to imitate the backbone: self-distillation on recorded activations and recorded answers, no labels.
 
 The loss is the Kullback-Leibler divergence between the softened outputs, T^2 KL(backbone/T || cache/T) (Hinton et al.
-2015; SelfXit, arXiv 2209.08625, section 4, uses T = 1). One warm-up-and-decay schedule over a number of rows that is
-fixed before the first step, so that a run is reproducible from its seed; a time limit shortens the schedule instead of
-cutting it off.
+2015; SelfXit, arXiv 2209.08625, section 4, uses T = 1). The recipes of others mix in, or put in its place, the
+cross-entropy on the backbone's answer (GATI, arXiv 2101.07344) or on the label (BranchyNet, arXiv
+1709.01686, section III); everything else, AdamW instead of their optimizers included, is the same for all.
+
+One warm-up-and-decay schedule over a number of rows that is fixed before the first step, so that a run is reproducible
+from its seed; a time limit shortens the schedule instead of cutting it off.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 
 from offramp.augment import AUGMENTATIONS
 from offramp.caches import Cache, LearnedCache
+from offramp.errors import InputError
 from offramp.progress import Bar
 from offramp.recording import Recording
 
@@ -33,7 +38,11 @@ PREPARE_ROWS = 500  # rows that fixed first layers are computed from
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train one cache. `rows` is the number of inputs seen in all, repeats counted."""
+    """How to train one cache. `rows` is the number of inputs seen in all, repeats counted.
+
+    The loss is alpha T^2 KL(backbone/T || cache/T) + (1 - alpha) CE(hard, cache), T being the `temperature`; `hard` is
+    the backbone's answer or the label.
+    """
 
     rows: int
     batch_size: int = 128
@@ -41,6 +50,16 @@ class Recipe:
     weight_decay: float = 0.02
     temperature: float = 2.0
     warm_up: float = 0.2  # share of the schedule
+    alpha: float = 1.0
+    hard: Literal["answer", "label"] = "answer"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha weighs two losses, so it is a share between 0 and 1; received {self.alpha}")
+
+    @property
+    def on_labels(self) -> bool:
+        return self.hard == "label" and self.alpha < 1
 
     @property
     def steps(self) -> int:
@@ -153,6 +172,10 @@ class _Session:
     ) -> None:
         self.cache = cache.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.features, self.logits_NC, self.read_NC = recording.features[position], recording.logits_NC, read_NC
+        self.label_N = None
+        if recipe.on_labels:
+            rows = labelled(recording, rows)
+            self.label_N = recording.label_N
         cache.prepare(_as_input(self.features[np.sort(rows[:PREPARE_ROWS])]).to(device))
         self.rows = _Rows(rows, recipe.batch_size, seed)
         self.optimizer = torch.optim.AdamW(_parameter_groups(cache, recipe.weight_decay), lr=recipe.learning_rate)
@@ -173,12 +196,25 @@ class _Session:
         read_BC = None if self.read_NC is None else self.read_NC[index].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
             logits_BC = self.cache.from_feature(feature, read_BC)
-        loss = distillation_loss(logits_BC.float(), target_BC, self.recipe.temperature)
+        loss = recipe_loss(logits_BC.float(), target_BC, self._hard(index, target_BC), self.recipe)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.cache.parameters(), 5.0)
         self.optimizer.step()
         return float(loss.detach())
+
+    def _hard(self, index: NDArray[np.intp], target_BC: Tensor) -> Tensor:
+        if self.label_N is None:
+            return target_BC.argmax(1)
+        return torch.from_numpy(self.label_N[index]).to(self.device)
+
+
+def recipe_loss(logits_BC: Tensor, target_BC: Tensor, hard_B: Tensor, recipe: Recipe) -> Tensor:
+    """Mean over rows of alpha T^2 KL(backbone/T || cache/T) + (1 - alpha) CE(hard, cache), in nats."""
+    soft = distillation_loss(logits_BC, target_BC, recipe.temperature)
+    if recipe.alpha == 1:
+        return soft
+    return recipe.alpha * soft + (1 - recipe.alpha) * F.cross_entropy(logits_BC, hard_B)
 
 
 def distillation_loss(logits_BC: Tensor, target_BC: Tensor, temperature: float) -> Tensor:
@@ -189,6 +225,25 @@ def distillation_loss(logits_BC: Tensor, target_BC: Tensor, temperature: float) 
         log_target=True,
         reduction="batchmean",
     ) * (temperature**2)
+
+
+def labelled(recording: Recording, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Those of these rows that have a label: augmented copies have none. InputError where that leaves none, or where a
+    label is none of the backbone's classes."""
+    if recording.label_N is None:
+        raise InputError(
+            "this trains on labels, and not every recorded input has one: let the stream, and the certification stream "
+            "where there is one, yield (inputs, labels) throughout"
+        )
+    rows = rows[recording.label_N[rows] >= 0]
+    classes = recording.logits_NC.shape[1]
+    if not len(rows) or recording.label_N[rows].max() >= classes:
+        largest = f"; the largest is {recording.label_N[rows].max()}" if len(rows) else ""
+        raise InputError(
+            f"{len(rows)} training inputs have a label{largest}; expected whole numbers from 0 to {classes - 1}, in "
+            "the order of the backbone's classes"
+        )
+    return rows
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -35,17 +36,27 @@ def evaluate(
 
     The stream must be inputs that the fit has not seen. Latency is measured per batch size, alternately, around the
     whole call, for `latency_budget_s` seconds each; an empty `batch_sizes` leaves it out. Batches of a size that the
-    plan bypasses run the backbone alone, as they would for a caller. Raises StreamError when the stream is empty.
+    plan bypasses run the backbone alone, as they would for a caller. A result cache is left out of it: what repeats in
+    the stream would flatter the plan. Raises StreamError when the stream is empty.
     """
     tally = _Tally(cached)
-    with bar("evaluating", None, show=progress) as running, torch.inference_mode():
+    with _without_result_cache(cached), bar("evaluating", None, show=progress) as running, torch.inference_mode():
         for batch in read_stream(stream, cached.split_model.backbone):
             tally.add(batch.to(cached.split_model.device))
             running.advance(len(batch))
         if not tally.n:
             raise StreamError("the stream to evaluate on is empty: it yielded no inputs")
         latency = compare_latency(cached, concatenated(tally.kept), batch_sizes, latency_budget_s)
-    return tally.evaluation(latency)
+        return tally.evaluation(latency)
+
+
+@contextmanager
+def _without_result_cache(cached: CachedModel) -> Iterator[None]:
+    results, cached.result_cache = cached.result_cache, None
+    try:
+        yield
+    finally:
+        cached.result_cache = results
 
 
 def compare_latency(

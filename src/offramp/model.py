@@ -7,6 +7,7 @@ is a miss: the failing cache and all later ones are switched off, which can only
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.caches import Cache
+from offramp.caches.result import ResultCache
 from offramp.cost import compaction_rule
 from offramp.errors import InputError
 from offramp.splitting import SplitModel
@@ -25,15 +27,18 @@ from offramp.types import Certificate, CostTable, Plan
 
 log = logging.getLogger("offramp")
 
-BACKBONE = "backbone"
+BACKBONE, RESULT = "backbone", "result"
+
+_numbers = itertools.count()  # one per model of this process: whose answers a result cache holds
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What `predict` tells: per row the answer, where it left (index into `CachedModel.exits`) and how sure.
 
-    A row that no cache answered left at the last exit, the backbone, whose own answer is sure by definition: 1.
-    `output` is what a plain call returns.
+    A row that no cache answered left at the exit "backbone", whose own answer is sure by definition: 1. One that the
+    result cache answered left at the exit "result", as sure as when it was answered first. `output` is what a plain
+    call returns.
     """
 
     answer_B: Tensor
@@ -70,9 +75,10 @@ class CachedModel(nn.Module):
         self.split_model, self.task, self.costs = split, task, costs
         self.plan, self.certificate, self.summary = plan, certificate, dict(summary)
         self.caches = nn.ModuleList(caches).to(split.device)
+        self.caches.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # the faster one for small maps
         self.caches.requires_grad_(requires_grad=False)
         super().train(mode=False)
-        self.exits = (*(cache.name for cache in plan.caches), BACKBONE)
+        self._number, self.result_cache = next(_numbers), None
         self._lookups = _lookups(split, caches, plan)
         self._live_lookups = len(plan.caches)  # lookups from this one on are switched off
         self._compaction = compaction_rule(costs)
@@ -83,6 +89,9 @@ class CachedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's: same arguments, same output type. Raises InputError when the arguments do not fit."""
         batch = _as_call(args, kwargs)
+        results = self._result_cache
+        if results is not None and results.on:
+            return self.split_model.unflatten((self._recall_or_route(batch, results).logits_BC,))
         if len(batch) and self.bypasses(len(batch)):
             self.split_model.flatten(batch)  # refuses the same inputs as with caches
             with torch.no_grad():
@@ -92,7 +101,11 @@ class CachedModel(nn.Module):
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The same, and per row where it left and how sure that cache was."""
         batch = _as_call(args, kwargs)
-        routed = self._route(batch, caches_on=not self.bypasses(len(batch)))
+        results = self._result_cache
+        if results is not None:
+            routed = self._recall_or_route(batch, results)
+        else:
+            routed = self._route(batch, caches_on=not self.bypasses(len(batch)))
         return Prediction(
             self.task.answer(routed.logits_BC),
             routed.left_at_B,
@@ -107,7 +120,7 @@ class CachedModel(nn.Module):
         total = len(batch)
         out = _Routed(
             torch.empty(total, self._classes, dtype=self._dtype, device=split.device),
-            torch.full((total,), len(self.exits) - 1, device=split.device),
+            torch.full((total,), len(self.plan.caches), device=split.device),
             torch.ones(total, device=split.device),
         )
         if total == 0:
@@ -168,6 +181,20 @@ class CachedModel(nn.Module):
                 log.exception("cache %s failed; it and all later caches are switched off", cache.name)
             return None
 
+    @torch.no_grad()
+    def _recall_or_route(self, batch: Batch, results: ResultCache) -> _Routed:
+        """As `_route`, but rows with a stored answer leave before stage 0, and equal rows run once."""
+        like = torch.empty(0, self._classes, dtype=self._dtype, device=self.split_model.device)
+        recalled = results.recall(self.split_model.flatten(batch), (self._number, self.plan), like)
+        rest = batch if recalled is None or len(recalled.run_A) == len(batch) else batch.rows(recalled.run_A)
+        routed = self._route(rest, caches_on=not self.bypasses(len(rest)))
+        if recalled is None:
+            return routed
+        results.remember(recalled, routed.logits_BC, routed.confidence_B)
+        left_at_H = torch.full((len(recalled.logits_HC),), len(self.plan.caches) + 1, device=like.device)
+        known = (recalled.logits_HC, left_at_H, recalled.confidence_H)
+        return _Routed(*(torch.cat(parts)[recalled.source_B] for parts in zip(known, routed, strict=True)))
+
     def bypasses(self, batch_size: int) -> bool:
         """Whether a batch of this size runs the backbone alone: no caches, or measured not to pay."""
         if not self.plan.caches or self._live_lookups == 0:
@@ -186,6 +213,19 @@ class CachedModel(nn.Module):
         return logits.shape[1], logits.dtype
 
     # -- the rest ----------------------------------------------------------------------------------
+
+    @property
+    def result_cache(self) -> ResultCache | None:
+        """Stored answers for exact repeats, asked before stage 0; None, the default, for none. `save` leaves it out."""
+        return self._result_cache
+
+    @result_cache.setter
+    def result_cache(self, results: ResultCache | None) -> None:
+        if not (results is None or isinstance(results, ResultCache)):
+            raise InputError(f"result_cache is a {type(results).__name__}; expected an offramp.ResultCache or None")
+        self._result_cache = results
+        caches = (cache.name for cache in self.plan.caches)
+        self.exits = (*caches, BACKBONE) if results is None else (*caches, BACKBONE, RESULT)
 
     def train(self, mode: bool = True) -> CachedModel:  # noqa: FBT001 - torch's signature
         """Caches only answer; asking for train mode is an error."""

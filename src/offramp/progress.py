@@ -59,5 +59,6 @@ def bar(description: str, total: float | None, *, show: bool) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[remark]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, redirect_stdout=False) as progress:  # stdout is the program's own
         yield _RichBar(progress, progress.add_task(description, total=total, remark=""))

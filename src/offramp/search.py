@@ -13,7 +13,7 @@ short, fewer caches are trained, each for long enough, rather than all of them f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from offramp.placement import plan_path
 from offramp.recording import TUNE
 
 Item = TypeVar("Item")
+Choice = Callable[[list[LearnedCache], int], list[LearnedCache]]
 
 STUDENT_SHARES = (0.04, 0.10)  # of the backbone's FLOPs
 TRUNK_SHARE = 0.015
@@ -52,11 +53,11 @@ class Search:
             pooled_s = min(POOLED_TIME * time_left, sum(map(self._seconds, self._pooled(None))))
             trunks_s = TRUNK_TIME * time_left
             students_s = time_left - pooled_s - trunks_s
-        self._round("students", self._affordable(students, students_s), students_s)
+        self._round("students", self._affordable(students, students_s, first), students_s)
         reader = self._reader()
-        self._round("pooled", self._affordable(list(self._pooled(reader)), pooled_s), pooled_s)
+        self._round("pooled", self._affordable(list(self._pooled(reader)), pooled_s, evenly), pooled_s)
         time_left = self.candidates.time_left  # all of it: what earlier rounds did not need as well
-        self._round("trunks", self._affordable(list(self._trunks(reader)), time_left), time_left)
+        self._round("trunks", self._affordable(list(self._trunks(reader)), time_left, first), time_left)
 
     # -- the rounds --------------------------------------------------------------------------------
 
@@ -76,17 +77,17 @@ class Search:
     def _pooled(self, reader: Trained | None) -> Iterator[LearnedCache]:
         points = [point for point in self.split.points[0 if reader is None else 1 :] if point.dtype.is_floating_point]
         reads = None if reader is None else reader.cache
-        for point in _evenly(points, MAX_POINTS):
+        for point in evenly(points, MAX_POINTS):
             width = 64 if point.depth < 0.5 else 32
             yield self.candidates.build(point, CacheShape("mlp", width), reads)
             if point.depth > 0.5:
                 yield self.candidates.build(point, CacheShape("linear"), reads)
 
     def _trunks(self, reader: Trained | None) -> Iterator[LearnedCache]:
-        wanted = {position for position, _ in self._headroom()[:MAX_TRUNKS]}
-        for point in self.split.points:
+        for position, _ in self._headroom()[:MAX_TRUNKS]:
+            point = self.split.points[position]
             kind = {3: "conv", 2: "transformer"}.get(len(point.shape))
-            if point.position not in wanted or kind is None or not point.dtype.is_floating_point:
+            if kind is None or not point.dtype.is_floating_point:
                 continue
             shape = self.candidates.widest(point, kind, min(TRUNK_SHARE, 0.1 * (1 - point.depth)))
             if shape is not None:
@@ -141,20 +142,30 @@ class Search:
     def _seconds(self, cache: LearnedCache) -> float:
         return self.candidates.seconds_for(cache, self._recipe(cache))
 
-    def _affordable(self, caches: list[LearnedCache], limit_s: float | None) -> list[LearnedCache]:
-        """As many of these as can get the least part of their full training within the limit, and at least one. Of
-        those at the input the first ones, of the others a choice that is even in depth."""
-        if limit_s is None or not caches:
+    def _affordable(
+        self,
+        caches: list[LearnedCache],
+        limit_s: float | None,
+        choice: Callable[[list[LearnedCache], int], list[LearnedCache]],
+    ) -> list[LearnedCache]:
+        """As many of these, by `choice`, as can get the least part of their full training within the limit; one at
+        least."""
+        if limit_s is None:
             return caches
-        at_input = self.candidates.position(caches[-1]) == 0
         for count in range(len(caches), 1, -1):
-            chosen = caches[:count] if at_input else _evenly(caches, count)
+            chosen = choice(caches, count)
+            at_input = self.candidates.position(chosen[-1]) == 0
             if (LEAST_STUDENTS if at_input else LEAST) * sum(map(self._seconds, chosen)) <= limit_s:
                 return chosen
-        return caches[:1] if at_input else _evenly(caches, 1)
+        return choice(caches, 1)
 
 
-def _evenly(items: Sequence[Item], count: int) -> list[Item]:
+def first(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, from the beginning."""
+    return list(items[:count])
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
     """At most `count` of the items, evenly spread, first and last among them; a single one is the middle one."""
     if len(items) <= count:
         return list(items)

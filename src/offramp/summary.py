@@ -22,6 +22,7 @@ from offramp.evaluation import costs_at_exits
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Candidate, oracle_cost, outcomes
 from offramp.recording import CERTIFY, TUNE
+from offramp.streams import Batch
 from offramp.types import CostTable, LatencyRatio, version
 
 SAMPLES = 8
@@ -174,22 +175,20 @@ def _oracle(candidates: Candidates, cached: CachedModel, found: Findings) -> flo
 
 def _samples(candidates: Candidates, cached: CachedModel, found: Findings) -> dict[str, Any]:
     """A few tuning inputs that leave first, and a few that go all the way: pictures or texts, where inputs are such."""
-    batch = candidates.recording.sample
-    as_shown = _as_shown(batch.tensors[0], found.to_text)
+    batch = candidates.recording.sample.to(candidates.split.device)
+    inputs = candidates.split.activation(0, candidates.split.flatten(batch)).cpu()
+    as_shown = _as_shown(inputs, found.to_text)
     if not cached.plan.caches or as_shown is None:
         return {"kind": None, "first": [], "last": []}
     kind, shown = as_shown
-    with torch.inference_mode():
-        prediction = cached.predict(*batch.to(candidates.split.device).args, **batch.to(candidates.split.device).kwargs)
-    left = prediction.left_at_B.cpu().numpy()
-    sure = prediction.confidence_B.cpu().numpy()
+    answer, left, sure = _predicted(cached, batch)
     order = np.lexsort((-sure, left))
 
     def show(row: int) -> dict[str, Any]:
         return {
             kind: shown(row),
             "left_at": cached.exits[left[row]],
-            "answer": int(prediction.answer_B[row]),
+            "answer": int(answer[row]),
             "confidence": float(sure[row]),
         }
 
@@ -198,6 +197,17 @@ def _samples(candidates: Candidates, cached: CachedModel, found: Findings) -> di
         "first": [show(int(row)) for row in order[:SAMPLES]],
         "last": [show(int(row)) for row in order[::-1][:SAMPLES]],
     }
+
+
+def _predicted(cached: CachedModel, batch: Batch) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Answer, exit and confidence of each row, in batches of a size at which the plan is not bypassed."""
+    sizes = [size for size in cached.costs.backbone.time_ms if not cached.bypasses(size)]
+    with torch.inference_mode():
+        chunks = [batch.rows(slice(start, start + max(sizes))) for start in range(0, len(batch), max(sizes))]
+        said = [cached.predict(*chunk.args, **chunk.kwargs) for chunk in chunks]
+    columns = ([one.answer_B, one.left_at_B, one.confidence_B] for one in said)
+    answer, left, sure = (torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
+    return answer, left, sure
 
 
 def _as_shown(inputs: Tensor, to_text: Callable[[Tensor], str] | None) -> tuple[str, Callable[[int], str]] | None:

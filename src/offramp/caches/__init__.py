@@ -7,12 +7,24 @@ from typing import Any
 
 from offramp.caches.base import Cache
 from offramp.caches.learned import CacheShape, LearnedCache
+from offramp.caches.nearest import NearestCache
 from offramp.caches.reduction import Reduction, reduction_for
+from offramp.caches.result import KeyCache
 from offramp.confidence import Selector
 
-__all__ = ["KINDS", "Cache", "CacheShape", "LearnedCache", "Reduction", "build_cache", "reduction_for"]
+__all__ = [
+    "KINDS",
+    "Cache",
+    "CacheShape",
+    "KeyCache",
+    "LearnedCache",
+    "NearestCache",
+    "Reduction",
+    "build_cache",
+    "reduction_for",
+]
 
-KINDS: dict[str, type[Cache]] = {cache.kind: cache for cache in (LearnedCache,)}
+KINDS: dict[str, type[Cache]] = {cache.kind: cache for cache in (LearnedCache, NearestCache, KeyCache)}
 
 
 def build_cache(description: Mapping[str, Any]) -> Cache:

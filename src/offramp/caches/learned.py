@@ -5,11 +5,15 @@ also read the logits of one earlier cache, so that what that cache already worke
 
 Early split points need capacity, late ones none (docs/design.md), hence the range of shapes. All shapes are plain
 feed-forward modules; batch normalisation is folded into the convolutions once training is over.
+
+The shapes `layers` and `conv1d` are those of the published methods. In one thing they differ from the papers: those
+read the raw activation, here every cache reads it as it is recorded, pooled to at most 4,096 numbers (`reduction`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -22,21 +26,38 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from offramp.caches.base import Cache
 from offramp.caches.reduction import MAX_SEGMENTS, Reduction
 
-Kind = Literal["linear", "mlp", "conv", "student", "transformer"]
+Kind = Literal["linear", "mlp", "conv", "student", "transformer", "layers", "conv1d"]
 
 WHITENED = 24  # channels of a student's first layer
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a cache's body looks like. `width` is its number of channels, `depth` its number of extra layers."""
+    """What a cache's body looks like. `width` is its number of channels, `depth` its number of extra layers.
+
+    Of "conv1d", `width` is that of the kernel. "layers" is given layer by layer instead: `convolutions` (channels,
+    kernel and stride of each), the flattened result averaged to `pooled` numbers (0: as it is), linear layers as wide
+    as `hidden` says.
+    """
 
     kind: Kind
     width: int = 0
     depth: int = 1
+    convolutions: tuple[tuple[int, int, int], ...] = ()
+    pooled: int = 0
+    hidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:  # JSON knows no tuples
+        convolutions = tuple((channels, kernel, stride) for channels, kernel, stride in self.convolutions)
+        object.__setattr__(self, "convolutions", convolutions)
+        object.__setattr__(self, "hidden", tuple(self.hidden))
 
     @property
     def label(self) -> str:
+        if self.kind == "layers":
+            convolutions = [f"{channels}k{kernel}s{stride}" for channels, kernel, stride in self.convolutions]
+            pooled = [f"pool{self.pooled}"] if self.pooled else []
+            return "-".join([self.kind, *convolutions, *pooled, *map(str, self.hidden)])
         return self.kind if self.kind == "linear" else f"{self.kind}{self.width}x{self.depth}"
 
 
@@ -60,7 +81,10 @@ class LearnedCache(Cache):
         super().__init__(name, point, reduction, reads)
         self.shape, self.classes, self.vocabulary = shape, classes, vocabulary
         self.activation_shape = tuple(activation_shape)
-        self.body = _BODIES[shape.kind](shape, self.activation_shape, vocabulary)
+        read_shape = self.activation_shape
+        if shape.kind in ("layers", "conv1d"):  # these have a weight for every number that they read
+            read_shape = _recorded_shape(reduction, self.activation_shape)
+        self.body = _BODIES[shape.kind](shape, read_shape, vocabulary)
         features = self.body.features
         assert isinstance(features, int)
         self.head = nn.Linear(features + (classes if reads else 0), classes)
@@ -221,13 +245,80 @@ class _Transformer(nn.Module):
         return torch.cat([hidden_BLD[:, 0], hidden_BLD.mean(1)], dim=1)
 
 
+class _Layers(nn.Module):
+    """Convolutions, then linear layers on the flattened result, ReLU behind each: the caches of three papers.
+
+    GATI's FC and Pool (arXiv 2101.07344, predictor networks), all of SelfXit's search space (arXiv 2209.08625, section
+    4), the branches of BranchyNet (arXiv 1709.01686, section III). Convolutions run over the positions of maps and
+    sequences and are padded, so that any of them fits any grid.
+    """
+
+    def __init__(self, shape: CacheShape, recorded_shape: tuple[int, ...], vocabulary: int) -> None:
+        super().__init__()
+        del vocabulary
+        self.sequence = len(recorded_shape) == 2
+        channels, *sides = recorded_shape[::-1] if self.sequence else recorded_shape
+        if shape.convolutions and not sides:
+            raise ValueError(f"{shape.label} has convolutions, and activations of shape {recorded_shape} no positions")
+        convolution = nn.Conv1d if self.sequence else nn.Conv2d
+        layers: list[nn.Module] = []
+        for out, kernel, stride in shape.convolutions:
+            layers += [convolution(channels, out, kernel, stride, kernel // 2), nn.ReLU()]
+            channels, sides = out, [(side + 2 * (kernel // 2) - kernel) // stride + 1 for side in sides]
+        layers.append(nn.Flatten())
+        self.features = channels * math.prod(sides)
+        if shape.pooled:
+            layers.append(nn.AdaptiveAvgPool1d(shape.pooled))  # rows take the place of channels
+            self.features = shape.pooled
+        for width in shape.hidden:
+            layers += [nn.Linear(self.features, width), nn.ReLU()]
+            self.features = width
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        hidden_BF: Tensor = self.layers(feature.transpose(1, 2) if self.sequence else feature)
+        return hidden_BF
+
+
+class _Conv1d(nn.Module):
+    """`depth` 1-D convolutions 1 -> 1 over the flattened activation, ReLU behind each: GATI's Conv, a few weights only
+    before the head (arXiv 2101.07344, predictor networks).
+
+    They begin as the identity: with a single channel, weights that happen to be negative let nothing through the ReLU,
+    and then nothing is learned.
+    """
+
+    def __init__(self, shape: CacheShape, recorded_shape: tuple[int, ...], vocabulary: int) -> None:
+        super().__init__()
+        del vocabulary
+        padding = shape.width // 2
+        self.layers = nn.Sequential()
+        for _ in range(shape.depth):
+            convolution = nn.Conv1d(1, 1, shape.width, padding=padding)
+            nn.init.dirac_(convolution.weight)
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+            self.layers.extend([convolution, nn.ReLU()])
+        self.features = math.prod(recorded_shape) + shape.depth * (2 * padding - shape.width + 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        convolved_BF: Tensor = self.layers(feature.flatten(1).unsqueeze(1)).squeeze(1)
+        return convolved_BF
+
+
 _BODIES: dict[str, Any] = {
     "linear": _Pooled,
     "mlp": _Pooled,
     "conv": _Conv,
     "student": _Student,
     "transformer": _Transformer,
+    "layers": _Layers,
+    "conv1d": _Conv1d,
 }
+
+
+def _recorded_shape(reduction: Reduction, activation_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a row behind the reduction."""
+    return tuple(reduction(torch.empty(1, *activation_shape, device="meta")).shape[1:])
 
 
 def _unit(c_in: int, c_out: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -11,6 +11,11 @@ __all__ = ["METHODS", "Method", "method_named"]
 
 METHODS = {  # name -> class, imported when asked for
     "offramp": "offramp.methods.offramp:Offramp",
+    "gati": "offramp.methods.gati:Gati",
+    "selfxit": "offramp.methods.selfxit:SelfXit",
+    "branchynet": "offramp.methods.branchynet:BranchyNet",
+    "approximate_key": "offramp.methods.approximate_key:ApproximateKey",
+    "freeze": "offramp.methods.freeze:Freeze",
 }
 
 

@@ -1,0 +1,448 @@
+"""Every method and every opponent on one backbone: one recording, the same held-out inputs, one machine, one run.
+
+    python benchmarks/methods.py cifar10 --workdir work --out benchmarks/results/methods_cifar10.json
+
+CASE is one of cifar10 (ResNet-18), resnet56_cifar10 (with ResNet-20 beside it), mobilenet_v2 and resnet56 (both
+Tiny-ImageNet). Every method of offramp is fitted once and chosen at every tolerance by our certificate and by its own
+published rule; opponents (benchmarks/opponents, extra `bench`) are built from the same train rows. What fails becomes a
+row with its error and stops nothing else. With --workdir the recording, trained caches and finished rows are kept, and
+a later run with the same options goes on. `--quick` takes few inputs and little time: to see that all of it runs.
+
+Published rules of methods see the tune rows only, as in `fit(method=...)`; the rules among the opponents see tune and
+certify rows. Their caches are those of offramp's own method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import tiny_imagenet
+from opponents import OPPONENTS, RULES, Case, Opponent, Rule
+from opponents.base import BATCH_SIZES, measured
+from opponents.rules import Given
+from torch import nn
+
+from offramp.choosing import WEIGHT_FLOPS, Learned, choose
+from offramp.cost import measure, shares
+from offramp.evaluation import evaluate
+from offramp.fitting import RECORDING_SHARE, learn
+from offramp.methods import METHODS
+from offramp.placement import CacheCosts
+from offramp.recording import CERTIFY, TUNE, Recording, record
+from offramp.splitting import SplitModel, split
+from offramp.streams import as_batch
+from offramp.tasks import task_named
+from offramp.types import Records
+
+OURS = "offramp"
+METHOD_RULES = ("certificate", "published")
+SEED = 0
+LEAST_LEARNING = 0.5  # of the time budget: what a slow recording leaves to a fit
+COSTS_S = 1.0  # opponents need FLOPs only
+QUICK = {"train": 400, "certify": 900, "held_out": 200, "time_budget": 30.0, "latency_budget": 0.3}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A backbone and its images: to train on, to tune and certify on, and to evaluate on."""
+
+    title: str
+    backbone: nn.Module
+    train: common.Images
+    certify: common.Images
+    held_out: common.Images
+    smaller: tuple[str, nn.Module] | None = None
+
+    def quick(self) -> Setup:
+        parts = {name: getattr(self, name).rows(slice(0, QUICK[name])) for name in ("train", "certify", "held_out")}
+        return dataclasses.replace(self, **parts)
+
+
+# -- the cases -------------------------------------------------------------------------------------
+
+
+def cifar10(zoo: Any) -> Setup:
+    return _cifar10("ResNet-18 / CIFAR-10", zoo.resnet18_cifar10(), lambda x: zoo.normalize(x, "cifar10"))
+
+
+def resnet56_cifar10(zoo: Any) -> Setup:
+    setup = _cifar10("ResNet-56 / CIFAR-10", zoo.resnet56_cifar10(), lambda x: zoo.normalize(x, "imagenet"))
+    return dataclasses.replace(setup, smaller=("ResNet-20", zoo.resnet20_cifar10()))
+
+
+def _cifar10(title: str, backbone: nn.Module, transform: Callable[[Any], Any]) -> Setup:
+    """The parts of cifar10.py."""
+    test = common.images("cifar10/test.parquet", transform, side=32, seed=0)
+    train = common.images("cifar10/train.parquet", transform, side=32)
+    return Setup(title, backbone, train, test.rows(slice(0, 5000)), test.rows(slice(5000, None)))
+
+
+def tiny(name: str, zoo: Any) -> Setup:
+    """The parts of tiny_imagenet.py."""
+    title, build, side, transform = tiny_imagenet.cases(zoo)[name]
+    pictures = common.images("tiny_imagenet/train_100pc.parquet", transform, side=side, seed=0)
+    pictures.labels = np.zeros(0, dtype=np.int64)
+    train, certify, held_out = (pictures.rows(slice(a, b)) for a, b in ((0, 12000), (12000, 17000), (17000, 20000)))
+    return Setup(title, build(), train, certify, held_out)
+
+
+SETUPS: dict[str, Callable[[Any], Setup]] = {
+    "cifar10": cifar10,
+    "resnet56_cifar10": resnet56_cifar10,
+    "mobilenet_v2": functools.partial(tiny, "mobilenet_v2"),
+    "resnet56": functools.partial(tiny, "resnet56"),
+}
+
+
+# -- the rows --------------------------------------------------------------------------------------
+
+
+class Book:
+    """Rows by name, rule and tolerance; with a file they outlive the run. A row with an error is tried again."""
+
+    def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
+        self.file, self.rows = file, list[dict[str, Any]]()
+        if file is None:
+            return
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if lines and lines[0] != settings:
+            sys.exit(f"{file} was begun with {lines[0]}, not {settings}: take another --workdir, or delete it")
+        if not lines:
+            file.write_text(json.dumps(settings) + "\n")
+        for row in lines[1:]:
+            self._keep(row)
+
+    def done(self, name: str, rule: str | None, tolerance: float | None) -> bool:
+        found = self.find(name, rule, tolerance)
+        return found is not None and "error" not in found
+
+    def find(self, name: str, rule: str | None, tolerance: float | None) -> dict[str, Any] | None:
+        wanted = (name, rule, tolerance)
+        return next((row for row in self.rows if (row["name"], row["rule"], row["tolerance"]) == wanted), None)
+
+    def attempt(
+        self, name: str, rule: str | None, tolerance: float | None, guarantee: str, make: Callable[[], dict[str, Any]]
+    ) -> None:
+        """The row that `make` gives, or one with its error; none where it is there already."""
+        if self.done(name, rule, tolerance):
+            return
+        row: dict[str, Any] = {"name": name, "rule": rule, "tolerance": tolerance, "guarantee": guarantee}
+        try:
+            row |= make()
+        except Exception as error:
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}"
+        print(line(row), file=sys.stderr, flush=True)
+        self._keep(row)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        old = self.find(row["name"], row["rule"], row["tolerance"])
+        if old is None:
+            self.rows.append(row)
+        else:
+            self.rows[self.rows.index(old)] = row
+
+
+HEAD = (
+    "| who | rule | tolerance | measured disagreement [95 % interval] | batch 1 time: mean, p50, p95 | batch 32 mean "
+    "| FLOPs | MiB | accuracy | build s |"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the Markdown table. Times and FLOPs are over the full model's."""
+    what = f"| {row['name']} | {row['rule'] or '-'} | {_percent(row['tolerance'])} |"
+    if "error" in row:
+        message = row["error"].splitlines()[0].replace("|", "/")
+        return f"{what} failed: {message} |" + " - |" * 6
+    low, high = row["interval"]
+    at = {ratio["batch_size"]: ratio for ratio in row["latency"]}
+    flops = "-" if row["flops_ratio"] is None else f"{row['flops_ratio']:.2f}"
+    return (
+        f"{what} {_percent(row['disagreement'])} [{100 * low:.2f}, {100 * high:.2f}] | "
+        f"{at[1]['mean']:.2f}, {at[1]['p50']:.2f}, {at[1]['p95']:.2f} | {at[32]['mean']:.2f} | {flops} | "
+        f"{row['bytes'] / 2**20:.1f} | {_percent(row['accuracy'])} | {row['build_s']:.0f} |"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, and under them what each of them promises."""
+    promises = {f"{row['name']}, {row['rule']}" if row["rule"] else row["name"]: row["guarantee"] for row in rows}
+    lines = [HEAD, "|" + "---|" * HEAD.count(" | ") + "---|", *map(line, rows), "", "What is promised:", ""]
+    return "\n".join(lines + [f"- {who}: {promise}" for who, promise in promises.items()])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"
+
+
+# -- methods of offramp ----------------------------------------------------------------------------
+
+
+class Bench:
+    """One backbone, recorded once."""
+
+    def __init__(self, setup: Setup, options: argparse.Namespace, book: Book, folder: Path) -> None:
+        self.setup, self.options, self.book, self.folder = setup, options, book, folder
+        self.split_model: SplitModel = split(setup.backbone, as_batch(next(iter(setup.train))[0][:4]))
+        self.recording, self.record_s = self._record()
+        self.learning_s = max(options.time_budget - self.record_s, LEAST_LEARNING * options.time_budget)
+        self._ours: Learned | None = None
+
+    def _record(self) -> tuple[Recording, float]:
+        """The pass, and the seconds that it took, those of interrupted runs included."""
+        clock = self.folder / "record_s.json"
+        before_s = float(json.loads(clock.read_text())) if clock.exists() else None
+        started = time.monotonic()
+        recording = record(
+            self.split_model,
+            task_named("classification"),
+            self.setup.train,
+            self.setup.certify,
+            seed=SEED,
+            workdir=self.folder,
+            # What is complete stays as it is: with other train rows the caches in the folder would be of no use.
+            time_limit_s=RECORDING_SHARE * self.options.time_budget if before_s is None else 0.0,
+            show=sys.stderr.isatty(),
+        )
+        seconds = time.monotonic() - started if before_s is None else before_s
+        clock.write_text(json.dumps(seconds))
+        print(f"recorded {recording.counts()} in {seconds:.0f} s", file=sys.stderr, flush=True)
+        return recording, seconds
+
+    def learned(self, name: str) -> Learned:
+        """Caches of this method. The recording counts in the time of every one of them."""
+        learned = learn(
+            self.setup.backbone,
+            self.recording,
+            method=name,
+            time_budget_s=self.learning_s,
+            seed=SEED,
+            progress=sys.stderr.isatty(),
+            workdir=self.folder / "fits" / name,
+        )
+        learned.seconds["record"] = self.record_s
+        keep_records(learned, self.folder / "records" / f"{name}.npz")
+        return learned
+
+    @property
+    def ours(self) -> Learned:
+        """The caches of our own method: what rules are tried on. Those of an earlier run are found in the folder."""
+        if self._ours is None:
+            self._ours = self.learned(OURS)
+        return self._ours
+
+    def run_method(self, name: str) -> None:
+        pairs = [(rule, tolerance) for rule in METHOD_RULES for tolerance in self.options.tolerances]
+        missing = [pair for pair in pairs if not self.book.done(name, *pair)]
+        fitted = once(lambda: self.ours if name == OURS else self.learned(name))
+        for rule, tolerance in missing:
+            make = functools.partial(self._method_row, fitted, rule, tolerance)
+            self.book.attempt(name, rule, tolerance, promise(name, rule), make)
+
+    def _method_row(self, fitted: Callable[[], Learned], rule: str, tolerance: float) -> dict[str, Any]:
+        return self.row(fitted(), tolerance, rule)
+
+    def row(self, learned: Learned, tolerance: float, rule: str | None) -> dict[str, Any]:
+        """Choose, evaluate on the held-out images, and say it in the words of `opponents.base.measured`."""
+        started = time.monotonic()
+        cached = choose(learned, tolerance=tolerance, confidence_level=common.LEVEL, rule=rule)
+        chosen_s = time.monotonic() - started
+        found = evaluate(
+            cached, self.setup.held_out, batch_sizes=BATCH_SIZES, latency_budget_s=self.options.latency_budget
+        )
+        costs = cached.costs
+        certificate = cached.certificate
+        return {
+            "n": found.n,
+            "disagreements": found.disagreements,
+            "disagreement": found.disagreement,
+            "interval": found.interval,
+            "latency": [asdict(ratio) for ratio in found.latency],
+            "flops_ratio": found.flops_ratio,
+            "bytes": costs.backbone.parameter_bytes + sum(cache.parameter_bytes for cache in costs.caches),
+            "build_s": sum(learned.seconds.values()) + chosen_s,
+            "accuracy": found.accuracy,
+            "details": {
+                "certified": {"errors": certificate.errors, "n": certificate.n, "bound": certificate.bound},
+                "hit_rates": dict(found.hit_rates),
+                "plan": cached.plan.to_json(),
+                "oracle_flops_ratio": found.oracle_flops_ratio,
+            },
+        }
+
+    # -- opponents ---------------------------------------------------------------------------------
+
+    def run_rule(self, rule: Rule) -> None:
+        for tolerance in self.options.tolerances:
+            make = functools.partial(self._rule_row, rule, tolerance)
+            self.book.attempt(rule.name, "on our caches", tolerance, rule.guarantee, make)
+
+    def _rule_row(self, rule: Rule, tolerance: float) -> dict[str, Any]:
+        learned = self.ours
+        if not learned.trained:
+            raise RuntimeError("no cache of ours was trained")
+        tune, certify = (learned.candidates.records(learned.trained, part) for part in (TUNE, CERTIFY))
+        costs = CacheCosts(*shares(learned.costs, weight_flops=WEIGHT_FLOPS))
+        thresholds_K = rule.thresholds(tune, certify, costs, tolerance)
+        given = Given(rule="published", thresholds_K=thresholds_K)
+        return self.row(dataclasses.replace(learned, method=given), tolerance, None)
+
+    def run_opponent(self, opponent: Opponent, case: Case) -> None:
+        for tolerance in self.options.tolerances if opponent.per_tolerance else [None]:
+
+            def make(tolerance: float | None = tolerance) -> dict[str, Any]:
+                return measured(opponent.build(case, tolerance), case)
+
+            self.book.attempt(opponent.name, None, tolerance, opponent.guarantee, make)
+
+    def case(self) -> Case:
+        ours = {tolerance: self.book.find(OURS, "certificate", tolerance) for tolerance in self.options.tolerances}
+        return Case(
+            split_model=self.split_model,
+            task=task_named("classification"),
+            recording=self.recording,
+            costs=measure(self.split_model, batch_sizes=(1,), budget_s=COSTS_S),
+            train=self.setup.train,
+            held_out=self.setup.held_out,
+            folder=self.folder / "opponents",
+            time_budget_s=self.learning_s,
+            latency_budget_s=self.options.latency_budget,
+            confidence_level=common.LEVEL,
+            seed=SEED,
+            our_flops={tolerance: row["flops_ratio"] for tolerance, row in ours.items() if row and "error" not in row},
+            smaller=self.setup.smaller,
+        )
+
+
+def once(make: Callable[[], Learned]) -> Callable[[], Learned]:
+    """The same result, or the same error, each time: what failed after long is not tried again for every row."""
+    made: list[Learned | Exception] = []
+
+    def result() -> Learned:
+        if not made:
+            try:
+                made.append(make())
+            except Exception as error:
+                made.append(error)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]
+
+    return result
+
+
+def promise(name: str, rule: str) -> str:
+    if rule == "certificate":
+        return (
+            f"With {100 * common.LEVEL:g} % confidence at most a share `tolerance` of the answers differs; without "
+            "caches where that cannot be shown."
+        )
+    return f"What {name}'s own rule says of the tuning inputs; no bound for others."
+
+
+def keep_records(learned: Learned, file: Path) -> None:
+    """What the caches said about tune and certify rows, for breaches.py."""
+    if not learned.trained:
+        return
+    parts = [learned.candidates.records(learned.trained, part) for part in (TUNE, CERTIFY)]
+    before_K, cache_K = shares(learned.costs, weight_flops=WEIGHT_FLOPS)
+
+    def stacked(value: Callable[[Records], Any]) -> np.ndarray[Any, Any]:
+        return np.concatenate([value(part) for part in parts])
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        file,
+        confidence=stacked(lambda part: part.confidence_NK).astype(np.float32),
+        agreement=stacked(lambda part: part.agreement_NK),
+        answer=stacked(lambda part: part.answer_NK),
+        backbone_answer=stacked(lambda part: part.backbone_answer_N),
+        reads=np.array(parts[0].reads_K),
+        before=before_K,
+        cache=cache_K,
+    )
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=SETUPS)
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.05])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="(default: all)")
+    names = [*(one.name for one in OPPONENTS), *(one.name for one in RULES)]
+    parser.add_argument("--opponents", nargs="*", choices=names, default=names, metavar="NAME", help=f"of {names}")
+    parser.add_argument("--time-budget", type=float, default=1000, help="seconds for one fit (default 1000)")
+    parser.add_argument("--latency-budget", type=float, default=10, help="seconds per latency comparison (default 10)")
+    parser.add_argument("--workdir", type=Path, help="keep recording, caches and rows here, and go on from them")
+    parser.add_argument("--quick", action="store_true", help="few inputs, little time: does it run at all?")
+    parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
+    if not common.SHARED.exists():
+        parser.exit(0, "skipped: the data and models in ../shared are not there\n")
+    options = parser.parse_args()
+    if options.quick:
+        options.time_budget, options.latency_budget = QUICK["time_budget"], QUICK["latency_budget"]
+    return options
+
+
+def run(setup: Setup, options: argparse.Namespace, book: Book, folder: Path) -> None:
+    bench = Bench(setup, options, book, folder)
+    for name in sorted(options.methods, key=lambda name: name != OURS):  # ours first: the student has its cost to match
+        bench.run_method(name)
+        gc.collect()
+    for rule in RULES:
+        if rule.name in options.opponents:
+            bench.run_rule(rule)
+    opponents = [opponent for opponent in OPPONENTS if opponent.name in options.opponents]
+    if opponents:
+        case = bench.case()
+        for opponent in opponents:
+            bench.run_opponent(opponent, case)
+
+
+@contextmanager
+def workspace(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder of this case; a temporary one without --workdir."""
+    if options.workdir is not None:
+        folder = options.workdir / (options.case + ("-quick" if options.quick else ""))
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def main() -> None:
+    options = arguments()
+    setup = SETUPS[options.case](common.zoo())
+    setup = setup.quick() if options.quick else setup
+    settings = {name: vars(options)[name] for name in ("case", "quick", "time_budget", "latency_budget")}
+    with workspace(options) as folder:
+        book = Book(None if options.workdir is None else folder / "rows.jsonl", settings)
+        run(setup, options, book, folder)
+    print(table(book.rows))
+    common.finish(common.document(f"{setup.title}: methods and opponents", book.rows, options), options.out)
+
+
+if __name__ == "__main__":
+    main()
