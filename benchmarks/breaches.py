@@ -3,14 +3,14 @@
     python benchmarks/breaches.py tests/data/resnet18_cifar10_records.npz --out benchmarks/results/breaches.json
 
 Each draw deals the recorded inputs to three parts. A rule sets thresholds on the first two: ours searches on tune and
-certifies on certify, MAPIE likewise, the others get both as one sample to tune on (`--see tune`: the first part only,
-as in `fit(method=..., rule="published")`). The third part shows the disagreement. It is finite, so a breach is counted
-twice: where its share of disagreements is above the tolerance, and where an exact binomial test at 5 % says that the
-true one is. A rule that keeps a promise at 95 % confidence may break it in 5 % of the draws by the truth, hence by the
-share in somewhat more, and by the test in hardly any. Draws share inputs: the intervals take them as independent.
+certifies on certify, MAPIE likewise, the others get both as one sample to tune on (with `--see tune` the methods'
+published rules get the first part only, as in `fit`). The third part shows the disagreement. It is finite, so a breach
+is counted twice: where its share of disagreements is above the tolerance, and where an exact binomial test at 5 % says
+that the true one is. A rule that keeps a promise at 95 % confidence may break it in 5 % of the draws by the truth, so
+by the share in somewhat more, and by the test in hardly any. Draws share inputs; the intervals ignore it.
 
-Files are those of `cifar10.py --records` or of the folder `records` in a --workdir of `methods.py`. Ctrl-C ends with
-the draws so far.
+Every rule is tried on whatever caches a file holds, its own method's or not. Files are those of `cifar10.py --records`,
+or of the folder `records` in a --workdir of `methods.py`. Ctrl-C ends with the draws so far.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from offramp.methods import METHODS, method_named
 from offramp.placement import OFF, CacheCosts, Thresholds, expected_cost, outcomes, plan_path
 from offramp.types import Records
 
+RECORDS = common.ROOT / "tests" / "data" / "resnet18_cifar10_records.npz"
 SHARES = (0.25, 0.35)  # tune, certify; the rest is evaluated on
 TEST_LEVEL = 0.05
 INTERVAL_LEVEL = 0.95
@@ -197,7 +198,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=Path, nargs="+", help=".npz files")
+    parser.add_argument("records", type=Path, nargs="*", default=[RECORDS], help=".npz files (default: the tests' own)")
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="(default: all) beginnings of names")

@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py cifar10 --workdir work --out benchmarks/results/methods_cifar10.json
 
-CASE is one of cifar10 (ResNet-18), resnet56_cifar10 (with ResNet-20 beside it), mobilenet_v2 and resnet56 (both
+The case is one of cifar10 (ResNet-18), resnet56_cifar10 (with ResNet-20 beside it), mobilenet_v2 and resnet56 (both
 Tiny-ImageNet). Every method of offramp is fitted once and chosen at every tolerance by our certificate and by its own
 published rule; opponents (benchmarks/opponents, extra `bench`) are built from the same train rows. What fails becomes a
 row with its error and stops nothing else. With --workdir the recording, trained caches and finished rows are kept, and
@@ -202,7 +202,8 @@ class Bench:
 
     def __init__(self, setup: Setup, options: argparse.Namespace, book: Book, folder: Path) -> None:
         self.setup, self.options, self.book, self.folder = setup, options, book, folder
-        self.split_model: SplitModel = split(setup.backbone, as_batch(next(iter(setup.train))[0][:4]))
+        example = as_batch(next(iter(setup.train)), setup.backbone).rows(slice(0, 4))
+        self.split_model: SplitModel = split(setup.backbone, example)
         self.recording, self.record_s = self._record()
         self.learning_s = max(options.time_budget - self.record_s, LEAST_LEARNING * options.time_budget)
         self._ours: Learned | None = None
@@ -387,7 +388,7 @@ def keep_records(learned: Learned, file: Path) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=SETUPS)
+    parser.add_argument("case", choices=SETUPS, nargs="?", default="cifar10", help="(default: cifar10)")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.05])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="(default: all)")
     names = [*(one.name for one in OPPONENTS), *(one.name for one in RULES)]

@@ -6,6 +6,8 @@ that the search uses, and given as much time as a whole fit of ours.
 
 from __future__ import annotations
 
+import time
+
 from torch import Tensor
 
 from offramp.caches import LearnedCache
@@ -47,7 +49,7 @@ def trained(case: Case, tolerance: float) -> Trained:
         case.recording,
         case.costs,
         seed=case.seed,
-        deadline=None,
+        deadline=time.monotonic() + case.time_budget_s,
         stop=Stop(),
         workdir=case.folder / "student",
         show=False,
@@ -60,8 +62,10 @@ def trained(case: Case, tolerance: float) -> Trained:
 
 
 def widest_within(candidates: Candidates, share: float | None, tolerance: float) -> LearnedCache:
-    if share is None or share >= 1:
-        raise InputError(f"our plan at {tolerance:g} saves nothing: no cost to match (its share: {share})")
+    if share is None:
+        raise InputError(f"there is no plan of ours at {tolerance:g}, whose cost the student is to match")
+    if share >= 1:
+        raise InputError(f"our plan at {tolerance:g} saves nothing: there is no cost to match")
     point = candidates.split.points[0]
     shape = candidates.widest(point, "student" if point.dtype.is_floating_point else "transformer", share)
     if shape is None:
