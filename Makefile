@@ -19,8 +19,14 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
+BENCHMARKS := "cifar10.py --time-budget 900 --out results/cifar10.json" \
+	"tiny_imagenet.py mobilenet_v2 --time-budget 420 --out results/mobilenet_v2.json" \
+	"tiny_imagenet.py resnet56 --time-budget 400 --out results/resnet56_cifar100.json" \
+	"learning_curve.py --time-budget 120 --out results/learning_curve.json" \
+	"overhead.py --out results/overhead.json" "split_table.py --out results/split_table.json" "render.py"
+
 bench: $(VENV)/.dev
-	for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+	cd benchmarks && for run in $(BENCHMARKS); do echo "== $$run"; $(abspath $(VENV))/bin/python $$run || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache
