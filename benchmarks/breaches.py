@@ -220,7 +220,7 @@ def main() -> None:
         counts, n = counted(records, costs, chosen, options, lambda text: print(text, file=sys.stderr, flush=True))
         rows += [count.row(file.name, n) for count in counts]
     print(table(rows))
-    common.finish(common.document("How often each rule breaks its promise", rows, options), options.out)
+    common.finish(common.document("How often each rule breaks its promise", rows), options.out)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
         rows += [common.row(learned, held_out, tolerance, seed, options) for tolerance in options.tolerances]
         print(common.table(rows), file=sys.stderr, flush=True)
     print(common.table(rows))
-    common.finish(common.document("ResNet-18 / CIFAR-10", rows, options), options.out)
+    common.finish(common.document("ResNet-18 / CIFAR-10", rows), options.out)
 
 
 if __name__ == "__main__":

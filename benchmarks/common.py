@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from offramp.recording import Recording
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 LEVEL = 0.95
+STARTED_AS = tuple(sys.argv)
 # Read when the run begins: the tree may move on while it lasts.
 COMMIT = subprocess.run(
     ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -149,7 +150,7 @@ def row(learned: Learned, held_out: Images, tolerance: float, seed: int, options
     }
 
 
-def document(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def document(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows with what is needed to read them: hardware, versions, date, commit."""
     return {
         "benchmark": name,
@@ -157,9 +158,18 @@ def document(name: str, rows: list[dict[str, Any]], options: argparse.Namespace)
         "commit": COMMIT,
         "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "command": " ".join(["python benchmarks/" + Path(STARTED_AS[0]).name, *_settings(STARTED_AS[1:])]),
         "rows": rows,
     }
+
+
+def _settings(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that say where files are kept."""
+    kept, places = [], ("--out", "--records", "--workdir")
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument not in places and before not in places:
+            kept.append(argument)
+    return kept
 
 
 def finish(result: dict[str, Any], out: Path | None) -> None:

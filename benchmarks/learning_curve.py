@@ -58,7 +58,7 @@ def main() -> None:
         rows.append({"unlabelled_inputs": size} | common.row(learned, held_out, tolerance, seed, options))
         print(common.table(rows), file=sys.stderr, flush=True)
     print(common.table(rows))
-    common.finish(common.document("Learning curve, ResNet-18 / CIFAR-10 at 1 %", rows, options), options.out)
+    common.finish(common.document("Learning curve, ResNet-18 / CIFAR-10 at 1 %", rows), options.out)
 
 
 if __name__ == "__main__":

@@ -442,7 +442,7 @@ def main() -> None:
         book = Book(None if options.workdir is None else folder / "rows.jsonl", settings)
         run(setup, options, book, folder)
     print(table(book.rows))
-    common.finish(common.document(f"{setup.title}: methods and opponents", book.rows, options), options.out)
+    common.finish(common.document(f"{setup.title}: methods and opponents", book.rows), options.out)
 
 
 if __name__ == "__main__":

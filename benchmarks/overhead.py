@@ -65,7 +65,7 @@ def main() -> None:
                 f"| {name} | {ratio.batch_size} | {ratio.mean:.3f} | {ratio.p50:.3f} | {ratio.p95:.3f} | "
                 f"{ratio.full_mean_ms:.2f} | {share:.3f} |"
             )
-    common.finish(common.document("overhead, ResNet-18 / CIFAR-10", rows, options), options.out)
+    common.finish(common.document("overhead, ResNet-18 / CIFAR-10", rows), options.out)
 
 
 if __name__ == "__main__":

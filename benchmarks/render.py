@@ -24,22 +24,15 @@ faster), in eager mode. The oracle lets each request leave at the first enabled 
 
 MISSING = "\nNot measured yet: {names}.\n"
 
-SECTIONS = {
-    "cifar10": "python benchmarks/cifar10.py",
-    "mobilenet_v2": "python benchmarks/tiny_imagenet.py mobilenet_v2",
-    "resnet56_cifar100": "python benchmarks/tiny_imagenet.py resnet56",
-    "learning_curve": "python benchmarks/learning_curve.py",
-    "overhead": "python benchmarks/overhead.py",
-    "split_table": "python benchmarks/split_table.py",
-}
+SECTIONS = ("cifar10", "mobilenet_v2", "resnet56_cifar100", "learning_curve", "overhead", "split_table")
 
 
 def main() -> None:
     parts, missing = [HEAD], []
-    for name, command in SECTIONS.items():
+    for name in SECTIONS:
         file = RESULTS / f"{name}.json"
         if file.exists():
-            parts.append(section(name, json.loads(file.read_text()), command))
+            parts.append(section(name, json.loads(file.read_text())))
         else:
             missing.append(name)
     if missing:
@@ -48,12 +41,10 @@ def main() -> None:
     print(json.dumps({"page": str(PAGE.relative_to(common.ROOT)), "missing": missing}))
 
 
-def section(name: str, document: dict[str, Any], command: str) -> str:
+def section(name: str, document: dict[str, Any]) -> str:
     hardware, versions = document["hardware"], document["versions"]
-    options = document.get("options", {})
-    given = [f"--{name.replace('_', '-')} {options[name]}" for name in ("seeds", "time_budget") if name in options]
     facts = (
-        f"`{' '.join([command, *given])}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
+        f"`{document['command']}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
         f"{hardware['threads']} threads; torch {versions['torch']}, Python {versions['python']}."
     )
     body = {"overhead": overhead, "split_table": families}.get(name, fits)(document)

@@ -71,8 +71,7 @@ def main(only: list[str], out: Path | None) -> None:
             proved = {"ok": "yes", "skipped": "-"}.get(row.status, "no")
             table.add_row(family, str(row.points), row.method, proved, f"{row.split_seconds:.1f}", shown[:240])
     console.print(table)
-    options = argparse.Namespace(families=only)
-    common.finish(common.document("Split points found", [asdict(row) for row in rows], options), out)
+    common.finish(common.document("Split points found", [asdict(row) for row in rows]), out)
 
 
 def examine(family: str, make: Callable[[], Made]) -> Row:

@@ -21,7 +21,7 @@ from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.candidates import Candidates, Trained
 from offramp.confidence import auroc
 from offramp.distillation import Recipe, Stop, TrainingLog
-from offramp.errors import StorageError
+from offramp.errors import InputError, StorageError
 from offramp.progress import Bar, bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
 from offramp.splitting import SplitModel, SplitPoint
@@ -532,10 +532,10 @@ def test_records_are_what_a_slow_loop_finds(part: int) -> None:
     student = say(candidates, 0, logits[0], shape=CacheShape("student", 8))
     alone = say(candidates, 1, logits[1], shape=CacheShape("mlp", 8))
     reader = say(candidates, 1, logits[2], shape=CacheShape("conv", 8), reads=student)
-    last = say(candidates, 2, logits[3], reads=reader)
+    last = say(candidates, 2, logits[3], reads=student)
     told = [student, alone, reader, last]
     records = candidates.records(told, part)
-    assert records.reads_K == (-1, -1, 0, 2)
+    assert records.reads_K == (-1, -1, 0, 0)
     assert len(records) == 8
     for i, row in enumerate(recording.index(part)):
         full = int(recording.logits_NC[row].argmax())
@@ -626,7 +626,7 @@ def test_a_training_that_was_cut_short_is_done_again_without_a_limit(
 
 def test_a_training_that_was_cut_short_will_do_under_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = make_candidates(cut_short(tmp_path, monkeypatch), workdir=tmp_path, deadline=float("inf"))
-    again.train(again.build(POINTS[2], CacheShape("linear")), RECIPE, 100.0, silent())
+    again.train(again.build(POINTS[2], CacheShape("linear")), RECIPE, 4.0, silent())
     assert again.trained[0].log.steps < RECIPE.steps
 
 
@@ -645,3 +645,10 @@ def test_building_leaves_the_seeds_of_gpus_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     make_candidates(image_recording()).build(POINTS[2], CacheShape("linear"))
     assert not seeded
+
+
+def test_only_a_cache_at_the_input_can_be_read() -> None:
+    candidates = make_candidates(image_recording(40))
+    early = candidates.build(POINTS[1], CacheShape("mlp", 8))
+    with pytest.raises(InputError, match=f"was to read {early.name}; only caches at 'input' can be read"):
+        candidates.build(POINTS[2], CacheShape("linear"), early)

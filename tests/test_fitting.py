@@ -234,3 +234,20 @@ def test_an_interrupted_fit_resumes_without_asking_the_backbone_again(
     assert all(shape.kind != "student" for shape in trained)
     assert cached.certificate.n > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_users_own_in_the_workdir_is_touched(backbone: nn.Module, tmp_path: Path) -> None:
+    for name in ("recording", "caches"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    quick_fit(backbone, workdir=tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.txt")) == [
+        "caches/mine.txt",
+        "recording/mine.txt",
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"recording", "caches"}
+
+
+def test_a_copy_of_a_cached_model_answers_as_the_first(backbone: nn.Module) -> None:
+    cached, fresh = quick_fit(backbone), images(20, 3)
+    assert torch.equal(copy.deepcopy(cached)(fresh), cached(fresh))

@@ -111,6 +111,9 @@ def test_dealt_again_moves_only_held_out_rows_and_keeps_their_shares(backbone: n
         assert len(again.index(TUNE)) / (len(again.index(TUNE)) + len(again.index(CERTIFY))) == pytest.approx(
             0.35, abs=0.15
         )
+        tune = {bytes(key) for key in again.keys_N[again.index(TUNE)]}
+        assert len(again.sample) > 5
+        assert set(again.sample.row_keys()) <= tune, "rows for timing and for show are still tuning rows"
     assert not np.array_equal(again.part_N, recorded.part_N)
 
 

@@ -299,6 +299,15 @@ def test_it_is_not_saved_and_a_copy_begins_empty(cnn: SplitModel, two: list[Lear
     assert len(results(cached)) == 4
 
 
+def test_a_copy_of_the_model_does_not_get_the_first_ones_answers(cnn: SplitModel, two: list[LearnedCache]) -> None:
+    cached, x = remembering(cnn, two), images(4)
+    cached(x)
+    copied = copy.deepcopy(cached)
+    copied.result_cache = cached.result_cache
+    assert RESULT not in exits(copied, x)
+    assert exits(cached, x) == [RESULT] * 4
+
+
 def test_empty_batches_and_wrong_inputs_are_as_without(cnn: SplitModel, two: list[LearnedCache]) -> None:
     cached = remembering(cnn, two)
     assert cached(images(4)[:0]).shape == (0, 5)

@@ -138,7 +138,9 @@ def test_trunks_go_where_the_headroom_is(rehearsal: Rehearsal, monkeypatch: pyte
     assert [name.split("/")[0] for name in rehearsal.of_kind("conv")] == ["block3"]
     order[0] = (4, 0.9)
     rehearsal.search(None)
-    assert [name.split("/")[0] for name in rehearsal.of_kind("conv")] == ["block4", "block3"], "the most promising first"
+    assert [name.split("/")[0] for name in rehearsal.of_kind("conv")] == ["block4", "block3"], (
+        "the most promising first"
+    )
 
 
 def test_a_sequence_of_vectors_gets_a_transformer_as_its_trunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from offramp.caches import Cache, CacheShape, LearnedCache
 from offramp.confidence import Selector, auroc, statistics
 from offramp.cost import count_flops
 from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, seconds_per_step, train
-from offramp.errors import StorageError
+from offramp.errors import InputError, StorageError
 from offramp.placement import CacheCosts
 from offramp.progress import Bar, bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
@@ -96,7 +96,14 @@ class Candidates:
     # -- building ----------------------------------------------------------------------------------
 
     def build(self, point: SplitPoint, shape: CacheShape, reads: Cache | None = None) -> LearnedCache:
-        """A fresh cache of this shape; its initial weights depend on the seed and its name alone."""
+        """A fresh cache of this shape; its initial weights depend on the seed and its name alone.
+
+        reads: a candidate at the input, whose logits it sees as well. InputError for one elsewhere: only at the input
+        are the logits of all recorded rows kept.
+        """
+        if reads is not None and reads.point != self.split.points[0].name:
+            known = self.split.points[0].name
+            raise InputError(f"a cache at {point.name} was to read {reads.name}; only caches at {known!r} can be read")
         name = f"{point.name}/{shape.label}"
         with torch.random.fork_rng(devices=[]):
             # By its name, so that a resumed search, which skips some, begins each cache alike.
@@ -131,7 +138,8 @@ class Candidates:
         read = None if cache.reads is None else torch.zeros(1, self.classes)
         training = cache.training
         cache.eval()
-        device = next(itertools.chain(cache.parameters(), cache.buffers())).device
+        tensor = next(itertools.chain(cache.parameters(), cache.buffers()), None)
+        device = self.split.device if tensor is None else tensor.device
         with torch.inference_mode():
             flops = count_flops(
                 lambda: cache.from_feature(feature.to(device), None if read is None else read.to(device))
@@ -151,7 +159,8 @@ class Candidates:
 
     def seconds_for(self, cache: LearnedCache, recipe: Recipe) -> float:
         """Estimate of the time that this training takes, from two timed steps; 0 where an earlier run has done it."""
-        if self._stored_log(cache, recipe) is not None:
+        stored = self._stored_log(cache, recipe)
+        if stored is not None and stored.steps >= recipe.steps:
             return 0.0
         if cache.name not in self._step_s:
             self._step_s[cache.name] = seconds_per_step(
@@ -188,7 +197,7 @@ class Candidates:
 
     def train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> None:
         """Train one cache, or load it where an earlier run has left it, and add it to the candidates."""
-        trained = self._load(cache, recipe)
+        trained = self._load(cache, recipe, limit_s)
         if trained is None:
             trained = self._train(cache, recipe, limit_s, progress)
         else:
@@ -295,28 +304,28 @@ class Candidates:
 
     def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None
+        read = next((trained for trained in self.trained if trained.cache.name == cache.reads), None)
         later = ("folded", "confidence", "selector_features")  # decided after training
         what = {
             "backbone": self.split.fingerprint,
             "data": self.recording.fingerprint(TRAIN),
             "seed": self.seed,
             "recipe": dataclasses.asdict(recipe),
+            "read": None if read is None else read.log.steps,  # trained on, it says other things
             "cache": {name: value for name, value in cache.describe().items() if name not in later},
         }
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return self.store / f"{key}.safetensors"
 
     def _stored_log(self, cache: LearnedCache, recipe: Recipe) -> TrainingLog | None:
-        """How the stored cache of this name and recipe was trained; None where there is none, it cannot be read, or a
-        time limit cut its training short and this run has none."""
+        """How the stored cache of this name and recipe was trained; None where there is none or it cannot be read."""
         if self.store is None:
             return None
         try:
             with safe_open(self._file(cache, recipe), "pt") as header:
-                log = TrainingLog(**json.loads(header.metadata()["log"]))
+                return TrainingLog(**json.loads(header.metadata()["log"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        return log if log.steps >= recipe.steps or self.deadline is not None else None
 
     def _save(self, trained: Trained, cache: LearnedCache, recipe: Recipe) -> None:
         if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
@@ -335,9 +344,10 @@ class Candidates:
                 "`workdir=`."
             ) from error
 
-    def _load(self, cache: LearnedCache, recipe: Recipe) -> Trained | None:
+    def _load(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None) -> Trained | None:
+        """The stored cache, if its training was complete or as long as it would be now."""
         log = self._stored_log(cache, recipe)
-        if log is None:
+        if log is None or (log.steps < recipe.steps and (limit_s is None or log.seconds < 0.5 * limit_s)):
             return None
         ready = LearnedCache.described(cache.describe() | {"folded": True})
         ready.load_state_dict(load_file(self._file(cache, recipe)))

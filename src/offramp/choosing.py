@@ -123,13 +123,13 @@ def _plan(candidate: Candidate, trained: list[Trained], verdict: Verdict, path: 
     if not trained:
         return Plan(reason="no cache was trained: training ended before the first one, or none fits this backbone")
     if verdict.index < 0:
-        return Plan(reason=f"nothing could be certified. {verdict.advice}")
+        return Plan(reason=f"nothing could be certified. {verdict.advice}".strip())
     enabled = [k for k, threshold in enumerate(candidate.thresholds_K) if np.isfinite(threshold)]
     if not enabled:
         what = (
             "no cache saves more than it costs" if len(path) == 1 else f"no plan with caches passed. {verdict.advice}"
         )
-        return Plan(reason=what)
+        return Plan(reason=what if verdict.advice or len(path) == 1 else "the published rule leaves every cache off")
     planned = tuple(
         PlannedCache(
             trained[k].cache.name,

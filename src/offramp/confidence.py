@@ -84,7 +84,7 @@ class Selector(nn.Module):
     def fitted(cls, x_NF: Tensor, agreement_N: Tensor, l2: float = 1e-2) -> Selector:
         """Ridge logistic regression by Newton's method on standardised columns; deterministic, a dozen steps."""
         x_NF, target_N = x_NF.double(), agreement_N.double()
-        mean, scale = x_NF.mean(0), x_NF.std(0).clamp(min=1e-6)
+        mean, scale = x_NF.mean(0), x_NF.std(0, correction=0).clamp(min=1e-6)
         design = torch.cat([(x_NF - mean) / scale, torch.ones(len(x_NF), 1, dtype=torch.float64)], dim=1)
         ridge = torch.full((design.shape[1],), l2 * len(design), dtype=torch.float64)
         ridge[-1] = 1e-6

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -39,8 +39,9 @@ def evaluate(
     plan bypasses run the backbone alone, as they would for a caller. A result cache is left out of it: what repeats in
     the stream would flatter the plan. Raises StreamError when the stream is empty.
     """
+    cached = _without_result_cache(cached)
     tally = _Tally(cached)
-    with _without_result_cache(cached), bar("evaluating", None, show=progress) as running, torch.inference_mode():
+    with bar("evaluating", None, show=progress) as running, torch.inference_mode():
         for batch in read_stream(stream, cached.split_model.backbone):
             tally.add(batch.to(cached.split_model.device))
             running.advance(len(batch))
@@ -50,13 +51,13 @@ def evaluate(
         return tally.evaluation(latency)
 
 
-@contextmanager
-def _without_result_cache(cached: CachedModel) -> Iterator[None]:
-    results, cached.result_cache = cached.result_cache, None
-    try:
-        yield
-    finally:
-        cached.result_cache = results
+def _without_result_cache(cached: CachedModel) -> CachedModel:
+    """The same model without its result cache; the one that was passed may be serving and is left alone."""
+    if cached.result_cache is None:
+        return cached
+    alone = copy.copy(cached)
+    alone.result_cache = None
+    return alone
 
 
 def compare_latency(

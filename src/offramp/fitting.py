@@ -28,6 +28,7 @@ from offramp.streams import Batch, check_stream, read_stream
 from offramp.tasks import task_named
 from offramp.types import CostTable
 
+WORK = ".offramp-fit"  # our folder in the user's workdir; nothing beside it is touched
 CLOSING_SHARE = 0.08  # of a time budget, kept back for costs and certification
 RECORDING_SHARE = 0.45  # of a time budget, the most that recording takes
 STAGES_S, STAGES_SHARE = 20.0, 0.10  # for measuring stages, and at most of a budget
@@ -55,7 +56,11 @@ def fit(
     `recorded` of an interrupted call. certify: separate, fresher inputs to tune and certify on. With probability
     `confidence_level` at most a share `tolerance` of the answers differs from the backbone's on such traffic. When
     nothing pays or nothing passes, the plan has no caches and says why. A stream of token ids may have a method
-    `to_text(ids)`, which the report then shows its samples with.
+    `to_text(ids)`, with which the report then shows its samples.
+
+    method: whose recipe the caches are learned by, a name or an `offramp.methods.Method` with its hyper-parameters.
+    task: what an answer is; "classification" so far. device: where the backbone is, as a check; it is not moved.
+    progress: bars on stderr.
 
     time_budget_s shortens recording and training; without it a run is reproducible from `seed`. workdir keeps what was
     recorded and trained until the fit is complete: call again to resume. The first Ctrl-C while caches are trained ends
@@ -80,8 +85,7 @@ def fit(
     )
     cached = choose(learned, tolerance=tolerance, confidence_level=confidence_level)
     if workdir is not None:
-        for name in ("recording", "caches"):
-            shutil.rmtree(Path(workdir) / name, ignore_errors=True)
+        shutil.rmtree(Path(workdir) / WORK, ignore_errors=True)
     return cached
 
 
@@ -110,11 +114,15 @@ def learn(
     for given in (stream, certify):
         if given is not None and not isinstance(given, Recording):
             check_stream(given)
-    folder = None if workdir is None else Path(workdir)
+    folder = None if workdir is None else Path(workdir) / WORK
     clock = _Clock()
     to_text = getattr(stream, "to_text", None)
     example, stream = _example(backbone, stream)
-    _check_labels(chosen_method, example, stream)
+    _check_labels(chosen_method, "stream", example, stream)
+    if chosen_method.needs_labels and certify is not None:
+        fresh, peeked = _example(backbone, certify)
+        _check_labels(chosen_method, "certification stream", fresh, peeked)
+        certify = None if isinstance(peeked, Recording) else peeked
     split_model = split(backbone, example.to(_device_of(backbone)))
     clock.lap("split")
     costs = measure(split_model, batch_sizes=BATCH_SIZES, budget_s=within(STAGES_S, time_budget_s, STAGES_SHARE))
@@ -174,12 +182,12 @@ def _check_backbone(backbone: object, device: str | torch.device | None) -> None
         _check_device(backbone, torch.device(device))
 
 
-def _check_labels(method: Method, example: Batch, stream: Iterable[object] | Recording) -> None:
+def _check_labels(method: Method, which: str, example: Batch, stream: Iterable[object] | Recording) -> None:
     labelled = stream.label_N is not None if isinstance(stream, Recording) else example.labels_B is not None
     if method.needs_labels and not labelled:
         raise InputError(
-            f"method {method.name!r} trains on labels, and the stream has none: let it yield (inputs, labels), or take "
-            "another method; offramp's own needs no labels"
+            f"method {method.name!r} trains on labels, and the {which} has none: let it yield (inputs, labels), or "
+            "take another method; offramp's own needs no labels"
         )
 
 

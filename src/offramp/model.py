@@ -214,6 +214,10 @@ class CachedModel(nn.Module):
 
     # -- the rest ----------------------------------------------------------------------------------
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = next(_numbers)  # a copy is another model: what a result cache holds of the first is not its own
+
     @property
     def result_cache(self) -> ResultCache | None:
         """Stored answers for exact repeats, asked before stage 0; None, the default, for none. `save` leaves it out."""

@@ -123,7 +123,9 @@ class Recording:
         # By the half of the digest that did not decide on train or held out: with the first half, rows that are held
         # out under a seed would all fall to one part under the same seed.
         part_N[held_out] = [_part(bytes(key)[8:], seed, shares) for key in self.keys_N[held_out]]
-        return dataclasses.replace(self, part_N=part_N)
+        tune = {bytes(key) for key in self.keys_N[part_N == TUNE]}
+        still_tune = [row for row, key in enumerate(self.sample.row_keys()) if key in tune]
+        return dataclasses.replace(self, part_N=part_N, sample=self.sample.rows(torch.tensor(still_tune or [0])))
 
     def fingerprint(self, part: int) -> str:
         """Digest of the set of inputs of a part: the data a certificate rests on."""

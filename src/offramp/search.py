@@ -146,7 +146,7 @@ class Search:
         self,
         caches: list[LearnedCache],
         limit_s: float | None,
-        choice: Callable[[list[LearnedCache], int], list[LearnedCache]],
+        choice: Choice,
     ) -> list[LearnedCache]:
         """As many of these, by `choice`, as can get the least part of their full training within the limit; one at
         least."""

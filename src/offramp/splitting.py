@@ -11,6 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -33,7 +34,11 @@ from offramp.graph import Cut, Graph, Uncuttable, module_cuts, module_spans
 from offramp.streams import Batch
 from offramp.tracing import Rung, exported_rungs, index_of, named_arguments, rungs, user_line
 
-_ROW = object()  # stands for a tensor of rows in the template of the output
+
+class _Leaf(Enum):
+    """`ROWS` stands for a tensor of rows in the template of the output; as an enum it survives copies."""
+
+    ROWS = auto()
 
 
 @dataclass(frozen=True)
@@ -132,15 +137,15 @@ class _Output:
     """The form of the backbone's output: where its tensors go, and everything else as it is."""
 
     spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]  # `_ROW`, or a constant
+    leaves: tuple[Any, ...]  # `_Leaf.ROWS`, or a constant
 
     def restore(self, rows: Sequence[Tensor]) -> Any:
         values = iter(rows)
-        return pytree.tree_unflatten([next(values) if leaf is _ROW else leaf for leaf in self.leaves], self.spec)
+        return pytree.tree_unflatten([next(values) if leaf is _Leaf.ROWS else leaf for leaf in self.leaves], self.spec)
 
     def rows_of(self, output: Any) -> list[Tensor]:
         pairs = zip(self.leaves, pytree.tree_leaves(output), strict=True)
-        return [value for leaf, value in pairs if leaf is _ROW]
+        return [value for leaf, value in pairs if leaf is _Leaf.ROWS]
 
 
 def split(
@@ -290,7 +295,7 @@ def _output_template(graph: Graph, output: Any) -> _Output:
         if fact is None or (isinstance(value, Tensor) and not fact.data and not fact.rows):
             template.append(value)  # a constant
         elif fact.rows:
-            template.append(_ROW)
+            template.append(_Leaf.ROWS)
         else:
             raise Uncuttable(f"an output of the model is not one answer per row: it is {value!r:.80}")
     return _Output(spec, tuple(template))

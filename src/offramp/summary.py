@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,13 +26,15 @@ from offramp.recording import CERTIFY, TUNE
 from offramp.streams import Batch
 from offramp.types import CostTable, LatencyRatio, version
 
+log = logging.getLogger("offramp")
+
 SAMPLES = 8
 RELIABILITY_BINS = 10
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What `fitting.choose` worked out on its way."""
+    """What `choosing.choose` worked out on its way."""
 
     trained: Sequence[Trained]
     path: Sequence[Candidate]
@@ -157,7 +160,7 @@ def _path(cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
             "cost": candidate.cost,
             "certified_errors": int(errors),
             "bound": upper_bound(int(errors), n, level),
-            "passed": i <= found.verdict.index,
+            "passed": i <= found.verdict.index and upper_bound(int(errors), n, level) <= cached.certificate.tolerance,
             "chosen": candidate is found.chosen,
         }
         for i, (candidate, errors) in enumerate(zip(found.path, found.certify_errors_M, strict=True))
@@ -216,8 +219,16 @@ def _as_shown(inputs: Tensor, to_text: Callable[[Tensor], str] | None) -> tuple[
     if is_image(tuple(inputs.shape[1:]), floating=floating):
         return "image", lambda row: _png(inputs[row].float().numpy())
     if not floating and inputs.ndim == 2:
-        return "text", lambda row: (to_text or _token_ids)(inputs[row])
+        return "text", lambda row: _as_text(inputs[row], to_text)
     return None
+
+
+def _as_text(ids_L: Tensor, to_text: Callable[[Tensor], str] | None) -> str:
+    try:
+        return _token_ids(ids_L) if to_text is None else to_text(ids_L)
+    except Exception:  # a sample for show must not cost the user a fit
+        log.exception("the stream's `to_text` failed; the report shows token ids")
+        return _token_ids(ids_L)
 
 
 def _token_ids(ids_L: Tensor) -> str:

@@ -153,8 +153,9 @@ class Certificate:
     """What was shown about a plan, and on what evidence.
 
     With probability `confidence_level` over the draw of the `n` certification inputs, the share of answers that
-    differ from the backbone's is at most `bound` <= `tolerance` on traffic like those inputs. `errors` of the `n`
-    differed. A plan without caches needs no evidence: its bound is 0.
+    differ from the backbone's is at most `bound` on traffic like those inputs. `errors` of the `n` differed. The
+    bound is at most the `tolerance`, except where a method's own rule set the thresholds: then `procedure` says
+    "measured only", and `within_tolerance` whether it is. A plan without caches needs no evidence: its bound is 0.
     """
 
     tolerance: float
@@ -168,6 +169,10 @@ class Certificate:
     data_fingerprint: str
     created: str
     advice: str = ""
+
+    @property
+    def within_tolerance(self) -> bool:
+        return self.bound <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -154,9 +154,10 @@ def test_without_labels_it_is_refused_before_anything_runs(monkeypatch: pytest.M
         fit(toy(), unlabelled, method="branchynet", **TRAFFIC)
 
 
-def test_labels_in_one_of_two_streams_are_not_enough() -> None:
+def test_labels_in_one_of_two_streams_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.fitting.split", lambda *_: pytest.fail("the backbone was split"))
     unlabelled = list(images(500, 1).split(100))
-    with pytest.raises(InputError, match="the certification stream where there is one"):
+    with pytest.raises(InputError, match="the certification stream has none"):
         fit(toy(), labelled_batches(300, 0), method="branchynet", **TRAFFIC | {"certify": unlabelled})
 
 

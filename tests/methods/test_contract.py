@@ -14,6 +14,7 @@ from offramp.choosing import Learned, choose
 from offramp.errors import InputError
 from offramp.fitting import learn
 from offramp.methods import METHODS, method_named
+from offramp.report.wording import promise
 from offramp.types import Records
 
 TOLERANCE = 0.05
@@ -103,3 +104,12 @@ def test_the_backbone_is_left_as_it_was(learned: Learned) -> None:
     state = learned.candidates.split.backbone.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in toy().state_dict().items())
     assert not learned.candidates.split.backbone.training
+
+
+def test_a_published_rule_beyond_the_tolerance_is_not_reported_as_passed(learned: Learned) -> None:
+    cached = choose(learned, tolerance=0.011, confidence_level=0.95, rule="published")
+    last = cached.report()["path"][-1]
+    assert last["passed"] == (last["bound"] <= 0.011)
+    if cached.plan.caches:
+        assert cached.certificate.within_tolerance == (cached.certificate.bound <= 0.011)
+        assert promise(cached.report()).startswith("With " if cached.certificate.within_tolerance else "Not within")

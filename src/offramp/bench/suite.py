@@ -144,7 +144,11 @@ class Suite:
 
 def parameters(method: Method) -> dict[str, Any]:
     """The method's hyper-parameters; the rule is the suite's."""
-    return {name: value for name, value in dataclasses.asdict(method).items() if name != "rule"}
+    given = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.name != "rule"}
+    return {
+        name: {"name": value.name} | parameters(value) if isinstance(value, Method) else value
+        for name, value in given.items()
+    }
 
 
 def read_suite(path: Path) -> Suite:

@@ -163,7 +163,7 @@ class _Pooled(nn.Module):
         if self.embedding is not None:
             feature = self.embedding(feature)
         if self.spatial:
-            positions_BFP = feature.flatten(2) if feature.ndim == 4 else feature.transpose(1, 2)
+            positions_BFP = feature.flatten(2) if feature.ndim > 3 else feature.transpose(1, 2)
             feature = torch.cat([positions_BFP.mean(2), positions_BFP.amax(2)], dim=1)
         pooled_BF: Tensor = self.layers(feature)
         return pooled_BF

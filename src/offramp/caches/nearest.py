@@ -299,7 +299,7 @@ class NearestCache(Cache):
         rows, features = centred_NF.shape
         width = max(1, min(self.shape.width, rows, features, self.shape.max_bytes // (8 * features)))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a few random test vectors, which the result hardly depends on
+            torch.default_generator.manual_seed(0)  # a few random test vectors, which the result hardly depends on
             _, spread, directions = torch.pca_lowrank(
                 centred_NF.cpu(), q=min(width + 8, rows, features), center=False, niter=4
             )

@@ -36,6 +36,8 @@ class Reduction:
     def _pool(self, activation: Tensor) -> Tensor:
         if self.grid and activation.ndim == 4:
             return F.adaptive_avg_pool2d(activation, self.grid)
+        if self.grid and activation.ndim == 5:
+            return F.adaptive_avg_pool3d(activation, self.grid)
         if self.grid and activation.ndim == 3:
             # The first token is kept apart: in most encoders it is the one that the head reads.
             pooled = F.adaptive_avg_pool1d(activation.transpose(1, 2), self.grid).transpose(1, 2)
@@ -47,10 +49,11 @@ def reduction_for(shape: tuple[int, ...], *, is_input: bool) -> Reduction:
     """The reduction for activations of this shape (without batch): raw inputs and small activations are kept whole."""
     if is_input or len(shape) < 2:
         return Reduction()
-    if len(shape) == 3:
-        channels, side = shape[0], min(shape[1:])
-        grid = next((g for g in (MAX_GRID, 4, 2) if g <= side and channels * g * g <= FEATURE_LIMIT), 1)
-        return Reduction(0 if grid == shape[1] == shape[2] else grid)
+    if len(shape) in (3, 4):  # channels, and height and width, of a video before them its frames
+        channels, *sides = shape
+        grids = (g for g in (MAX_GRID, 4, 2) if g <= min(sides) and channels * g ** len(sides) <= FEATURE_LIMIT)
+        grid = next(grids, 1)
+        return Reduction(0 if all(side == grid for side in sides) else grid)
     length, width = shape[0], shape[1]
     segments = next((g for g in (MAX_SEGMENTS, 4, 2) if (g + 1) * width <= FEATURE_LIMIT), 1)
     return Reduction(0 if length <= segments + 1 else segments)

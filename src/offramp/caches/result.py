@@ -105,11 +105,11 @@ class ResultCache:
     by several models; entries of another model or plan never match.
 
     The certificate holds as it is. A stored answer was given to that input by the certified plan or, where that was
-    bypassed or switched off, by the backbone; so a repeat disagrees only if the plan would have disagreed on it, and
-    over any traffic the answers that disagree are among those that disagree without the result cache. The certificate
-    bounds the share of those on one condition, the same with or without a result cache: an input that comes often in
-    the traffic came as often among the inputs that it was certified on. Where certification inputs were stripped of
-    repeats, a popular input weighs more in the traffic than in the bound.
+    bypassed or switched off, by the backbone; so a repeat disagrees only if the plan would have disagreed on it: over
+    any traffic the answers that disagree are among those that disagree where the plan is bypassed at no batch size. The
+    certificate bounds the share of those on one condition, the same with or without a result cache: an input that comes
+    often in the traffic came as often among the inputs that it was certified on. Where certification inputs were
+    stripped of repeats, a popular input weighs more in the traffic than in the bound.
 
     Every error in here is a miss, is logged, and switches the result cache off. Hash collisions have to be expected
     after some 2**64 different inputs; XXH3 does not withstand those who construct collisions on purpose.
@@ -160,6 +160,8 @@ class ResultCache:
             values, confidences = [row.tobytes() for row in rows], confidence_A.tolist()
             ran = time.perf_counter()  # waiting for the copy is waiting for the device
             with self._lock:
+                if not self.on:  # another thread has switched it off meanwhile
+                    return
                 now = time.time()
                 for key, value, confidence in zip(recalled.keys_A, values, confidences, strict=True):
                     self._store(key, _Entry(value, confidence, now, now))
@@ -416,7 +418,7 @@ class KeyCache(Cache):
         """(B, F, P): channels by places of an image, or the first numbers of anything else."""
         if self.pooled:
             return F.adaptive_avg_pool2d(feature.float(), self.grid).flatten(2)
-        return feature.flatten(1)[:, : self.grid, None]
+        return feature.reshape(len(feature), -1)[:, : self.grid, None]
 
     def _digits(self, feature: Tensor) -> Tensor:
         """(B, F, P) int64 levels; -1 for NaN, which no stored row has."""

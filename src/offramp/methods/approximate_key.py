@@ -58,6 +58,8 @@ class ApproximateKey(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prefix_levels < 2:
+            raise InputError(f"prefix_levels is {self.prefix_levels}; expected at least 2 levels to tell numbers apart")
         if self.behind is None:
             return
         if self.rule == "published":

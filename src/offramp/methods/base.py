@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -23,12 +24,18 @@ class Method(ABC):
     name: ClassVar[str]
     source: ClassVar[str]  # paper and section
     needs_labels: ClassVar[bool] = False
+    may_be_zero: ClassVar[tuple[str, ...]] = ()  # hyper-parameters; other numbers are positive
 
     rule: Literal["certificate", "published"] = "certificate"
 
     def __post_init__(self) -> None:
         if self.rule not in ("certificate", "published"):
             raise InputError(f"unknown rule {self.rule!r} for method {self.name}; known: certificate, published")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and (value < 0 or (value == 0 and field.name not in self.may_be_zero)):
+                raise InputError(f"{field.name} is {value} for method {self.name}; expected a number above 0")
 
     @abstractmethod
     def learn(self, candidates: Candidates, tolerance: float) -> None:

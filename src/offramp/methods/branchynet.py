@@ -168,7 +168,7 @@ class _Joint:
         with torch.no_grad():
             self.classes = self.task.logits(self._run(example)[1]).shape[1]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: only its state is put back
             self.branches = {point.position: self._branch(point, shape) for point, shape in method.branches(self.split)}
         if not self.branches:
             raise InputError(f"{type(backbone).__name__} has no split point behind its input: no place for a branch")

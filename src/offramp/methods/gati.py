@@ -45,6 +45,8 @@ class Gati(Method):
     name: ClassVar[str] = "gati"
     source: ClassVar[str] = "arXiv 2101.07344: predictor and selector networks, composition"
 
+    may_be_zero: ClassVar[tuple[str, ...]] = ("alpha", "memory_limit_bytes")
+
     hidden: int = 1024
     pooled: int = 1024
     kernel: int = 3
@@ -58,8 +60,8 @@ class Gati(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 0:
-            raise InputError(f"memory_limit_bytes is {self.memory_limit_bytes}; expected a number of bytes, or None")
+        if self.alpha > 1:
+            raise InputError(f"alpha weighs two losses, so it is a share between 0 and 1; received {self.alpha}")
 
     def learn(self, candidates: Candidates, tolerance: float) -> None:
         candidates.confidence = "selector"

@@ -95,7 +95,7 @@ class SelfXit(Method):
     def _drawn(self, point: SplitPoint, seed: int) -> list[CacheShape]:
         """Different architectures at random, `trials` of them."""
         random = np.random.default_rng([seed, point.position])
-        has_grid = len(point.shape) > 1
+        has_grid = len(point.shape) in (2, 3)
         drawn = dict.fromkeys(random_shape(random, has_grid=has_grid) for _ in range(10 * self.trials))
         return list(drawn)[: self.trials]
 

@@ -92,10 +92,11 @@ def promise(document: Document) -> str:
     certificate = document["certificate"]
     if not has_caches(document):
         return "All answers are the full model's own."
+    kept = certificate["bound"] <= certificate["tolerance"]
     return (
-        f"With {level(certificate['confidence_level'])} confidence, at most {percent_up(certificate['bound'])} of the "
-        f"answers differ from the full model's on traffic like the certification inputs "
-        f"({count(certificate['errors'])} of {count(certificate['n'])} differed; "
+        f"{'With' if kept else 'Not within the tolerance: with'} {level(certificate['confidence_level'])} confidence, "
+        f"at most {percent_up(certificate['bound'])} of the answers differ from the full model's on traffic like the "
+        f"certification inputs ({count(certificate['errors'])} of {count(certificate['n'])} differed; "
         f"tolerance {level(certificate['tolerance'])})."
     )
 
