@@ -158,7 +158,7 @@ class Candidates:
     # -- training ----------------------------------------------------------------------------------
 
     def seconds_for(self, cache: LearnedCache, recipe: Recipe) -> float:
-        """Estimate of the time that this training takes, from two timed steps; 0 where an earlier run has done it."""
+        """Estimate of the time that this training takes, from a few timed steps; 0 where an earlier run has done it."""
         stored = self._stored_log(cache, recipe)
         if stored is not None and stored.steps >= recipe.steps:
             return 0.0

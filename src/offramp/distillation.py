@@ -148,12 +148,15 @@ def seconds_per_step(
     recipe: Recipe,
     device: torch.device,
 ) -> float:
-    """Measured time of one training step, the first being for warm-up; changes `cache`, so pass a copy."""
+    """Median time of three training steps after one for warm-up; changes `cache`, so pass a copy."""
     session = _Session(cache, recording, position, rows, read_NC, recipe, 0, device)
     session.step(0.0)
-    started = time.monotonic()
-    session.step(0.0)
-    return time.monotonic() - started
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        session.step(0.0)
+        times.append(time.monotonic() - started)
+    return sorted(times)[1]
 
 
 class _Session:

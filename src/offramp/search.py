@@ -35,7 +35,7 @@ MAX_POINTS = 12  # split points that get pooled caches
 POOLED_TIME, TRUNK_TIME = 0.15, 0.15  # of the training time, at most
 # Of their full training that caches have to get to be worth beginning. One student trained to the end saves more than
 # two that are not (docs/experiments.md), so a second one waits for a budget that trains both in full.
-LEAST, LEAST_STUDENTS = 0.15, 1.0
+LEAST, LEAST_STUDENTS = 0.5, 1.0
 
 
 class Search:

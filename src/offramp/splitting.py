@@ -139,6 +139,9 @@ class _Output:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]  # `_Leaf.ROWS`, or a constant
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Output:
+        return self  # immutable; and copying a TreeSpec calls what torch has deprecated
+
     def restore(self, rows: Sequence[Tensor]) -> Any:
         values = iter(rows)
         return pytree.tree_unflatten([next(values) if leaf is _Leaf.ROWS else leaf for leaf in self.leaves], self.spec)
