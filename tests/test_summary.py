@@ -199,7 +199,6 @@ def test_the_oracle_leaves_at_the_first_enabled_cache_that_agrees(fit: Fit) -> N
     costs = [leaf["cost"] for leaf in fit.document["leaves"]]
     spent = [costs[0] if first else costs[1] if second else costs[2] for first, second in zip(*agrees_NK, strict=True)]
     assert fit.document["oracle_cost"] == pytest.approx(np.mean(spent))
-    assert fit.document["oracle_cost"] < fit.document["cost"]["flops_share"]
 
 
 def test_without_caches_everything_leaves_at_the_backbone(fit_without_caches: Fit) -> None:
