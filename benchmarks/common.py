@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,6 +59,41 @@ class Images:
 
     def rows(self, rows: slice) -> Images:
         return Images(self.images[rows], self.labels[rows], self.transform, self.size)
+
+
+class Tokens:
+    """The same of sentences, padded to one length: dicts of input_ids and attention_mask, and labels."""
+
+    def __init__(self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, size: int = 100):
+        self.ids, self.mask, self.labels, self.size = ids, mask, labels, size
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // self.size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.ids), self.size):
+            rows = slice(start, start + self.size)
+            parts = {"input_ids": self.ids[rows], "attention_mask": self.mask[rows], "labels": self.labels[rows]}
+            yield {name: torch.from_numpy(part) for name, part in parts.items()}
+
+    def rows(self, rows: slice) -> Tokens:
+        return Tokens(self.ids[rows], self.mask[rows], self.labels[rows], self.size)
+
+
+def sentences(table: Mapping[str, int], tokenizer: Any, *, length: int, seed: int) -> Tokens:
+    """Sentences with their labels, cut or padded to `length` tokens, shuffled by `seed`."""
+    encoded = tokenizer(list(table), truncation=True, max_length=length, padding="max_length", return_tensors="np")
+    order = np.random.default_rng(seed).permutation(len(table))
+    ids, mask = (encoded[name][order].astype(np.int64) for name in ("input_ids", "attention_mask"))
+    return Tokens(ids, mask, np.array(list(table.values()), dtype=np.int64)[order])
+
+
+def labelled_text(parquet: str) -> dict[str, int]:
+    """The different sentences of a file under ../shared/data, each with its label."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(SHARED / "data" / parquet)
+    return dict(zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
 def images(parquet: str, transform: Callable[[Tensor], Tensor], *, side: int, seed: int | None = None) -> Images:

@@ -3,10 +3,12 @@
     python benchmarks/methods.py cifar10 --workdir work --out benchmarks/results/methods_cifar10.json
 
 The case is one of cifar10 (ResNet-18), resnet56_cifar10 (with ResNet-20 beside it), mobilenet_v2 and resnet56 (both
-Tiny-ImageNet). Every method of offramp is fitted once and chosen at every tolerance by our certificate and by its own
-published rule; opponents (benchmarks/opponents, extra `bench`) are built from the same train rows. What fails becomes a
-row with its error and stops nothing else. With --workdir the recording, trained caches and finished rows are kept, and
-a later run with the same options goes on. `--quick` takes few inputs and little time: to see that all of it runs.
+Tiny-ImageNet), and sst2 (a transformer, fine-tuned by `python examples/finetune_sst2.py
+../shared/data/text/sst2_train.parquet --out sst2-minilm`). Every method of offramp is fitted once and chosen at every
+tolerance by our certificate and by its own published rule; opponents (benchmarks/opponents, extra `bench`) are built
+from the same train rows. What fails becomes a row with its error and stops nothing else. With --workdir the recording,
+trained caches and finished rows are kept, and a later run with the same options goes on. `--quick` takes few inputs and
+little time: to see that all of it runs.
 
 Published rules of methods see the tune rows only, as in `fit(method=...)`; the rules among the opponents see tune and
 certify rows. Their caches are those of offramp's own method.
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,40 +34,47 @@ from typing import Any
 import common
 import numpy as np
 import tiny_imagenet
+import torch
 from opponents import OPPONENTS, RULES, Case, Opponent, Rule
-from opponents.base import BATCH_SIZES, measured
+from opponents.base import BATCH_SIZES, compared, measured
 from opponents.rules import Given
 from torch import nn
 
 from offramp.choosing import WEIGHT_FLOPS, Learned, choose
-from offramp.cost import measure, shares
-from offramp.evaluation import evaluate
+from offramp.cost import flop_shares, measure, shares
+from offramp.evaluation import compare_latency, costs_at_exits
 from offramp.fitting import RECORDING_SHARE, learn
 from offramp.methods import METHODS
+from offramp.model import CachedModel
 from offramp.placement import CacheCosts
 from offramp.recording import CERTIFY, TUNE, Recording, record
 from offramp.splitting import SplitModel, split
-from offramp.streams import as_batch
+from offramp.streams import as_batch, read_stream
 from offramp.tasks import task_named
-from offramp.types import Records
+from offramp.types import LatencyRatio, Records
 
 OURS = "offramp"
 METHOD_RULES = ("certificate", "published")
 SEED = 0
 LEAST_LEARNING = 0.5  # of the time budget: what a slow recording leaves to a fit
 COSTS_S = 1.0  # opponents need FLOPs only
+SST2_FOLDER = common.ROOT / "sst2-minilm"
+SST2_TOKENS = 32  # 5 % of the sentences are longer
 QUICK = {"train": 400, "certify": 900, "held_out": 200, "time_budget": 30.0, "latency_budget": 0.3}
+
+
+Traffic = common.Images | common.Tokens
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A backbone and its images: to train on, to tune and certify on, and to evaluate on."""
+    """A backbone and its inputs: to train on, to tune and certify on, and to evaluate on."""
 
     title: str
     backbone: nn.Module
-    train: common.Images
-    certify: common.Images
-    held_out: common.Images
+    train: Traffic
+    certify: Traffic
+    held_out: Traffic
     smaller: tuple[str, nn.Module] | None = None
 
     def quick(self) -> Setup:
@@ -101,11 +110,29 @@ def tiny(name: str, zoo: Any) -> Setup:
     return Setup(title, build(), train, certify, held_out)
 
 
+def sst2(zoo: Any) -> Setup:
+    """Training sentences for the caches are those that the backbone was trained on; all others are new to both."""
+    del zoo
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if not SST2_FOLDER.is_dir():
+        sys.exit(f"there is no {SST2_FOLDER.name}: fine-tune it first, as the beginning of this file says")
+    tokenizer = AutoTokenizer.from_pretrained(SST2_FOLDER, local_files_only=True)
+    backbone = AutoModelForSequenceClassification.from_pretrained(SST2_FOLDER, local_files_only=True).eval()
+    known, other = common.labelled_text("text/sst2_train.parquet"), common.labelled_text("text/sst2_dev.parquet")
+    train = common.sentences(known, tokenizer, length=SST2_TOKENS, seed=0)
+    new = {text: label for text, label in other.items() if text not in known}
+    fresh = common.sentences(new, tokenizer, length=SST2_TOKENS, seed=0)
+    certify, held_out = fresh.rows(slice(0, 4000)), fresh.rows(slice(4000, None))
+    return Setup("MiniLM-L6 / SST-2", backbone, train.rows(slice(0, 20000)), certify, held_out)
+
+
 SETUPS: dict[str, Callable[[Any], Setup]] = {
     "cifar10": cifar10,
     "resnet56_cifar10": resnet56_cifar10,
     "mobilenet_v2": functools.partial(tiny, "mobilenet_v2"),
     "resnet56": functools.partial(tiny, "resnet56"),
+    "sst2": sst2,
 }
 
 
@@ -206,7 +233,9 @@ class Bench:
         self.split_model: SplitModel = split(setup.backbone, example)
         self.recording, self.record_s = self._record()
         self.learning_s = max(options.time_budget - self.record_s, LEAST_LEARNING * options.time_budget)
+        self.case = self._case()
         self._ours: Learned | None = None
+        self._idle_latency: tuple[LatencyRatio, ...] | None = None
 
     def _record(self) -> tuple[Recording, float]:
         """The pass, and the seconds that it took, those of interrupted runs included."""
@@ -240,9 +269,17 @@ class Bench:
             progress=sys.stderr.isatty(),
             workdir=self.folder / "fits" / name,
         )
-        learned.seconds["record"] = self.record_s
+        learned.seconds = self._seconds(name, learned.seconds | {"record": self.record_s})
         keep_records(learned, self.folder / "records" / f"{name}.npz")
         return learned
+
+    def _seconds(self, name: str, seconds: dict[str, float]) -> dict[str, float]:
+        """Those of the run that trained these caches: a later one that only loads them would seem to be fast."""
+        clock = self.folder / "fits" / f"{name}.seconds.json"
+        if clock.exists():
+            return {part: float(value) for part, value in json.loads(clock.read_text()).items()}
+        clock.write_text(json.dumps(seconds))
+        return seconds
 
     @property
     def ours(self) -> Learned:
@@ -267,28 +304,41 @@ class Bench:
         started = time.monotonic()
         cached = choose(learned, tolerance=tolerance, confidence_level=common.LEVEL, rule=rule)
         chosen_s = time.monotonic() - started
-        found = evaluate(
-            cached, self.setup.held_out, batch_sizes=BATCH_SIZES, latency_budget_s=self.options.latency_budget
-        )
-        costs = cached.costs
-        certificate = cached.certificate
-        return {
-            "n": found.n,
-            "disagreements": found.disagreements,
-            "disagreement": found.disagreement,
-            "interval": found.interval,
-            "latency": [asdict(ratio) for ratio in found.latency],
-            "flops_ratio": found.flops_ratio,
-            "bytes": costs.backbone.parameter_bytes + sum(cache.parameter_bytes for cache in costs.caches),
+        answer_N, left_N = self._served(cached)
+        certificate, shares_E = cached.certificate, np.bincount(left_N, minlength=len(cached.exits)) / len(left_N)
+        return compared(answer_N, self.case) | {
+            "latency": [asdict(ratio) for ratio in self._latency(cached)],
+            "flops_ratio": float(shares_E @ costs_at_exits(CacheCosts(*flop_shares(cached.costs)))),
+            "bytes": cached.costs.backbone.parameter_bytes + cache_bytes(cached),
             "build_s": sum(learned.seconds.values()) + chosen_s,
-            "accuracy": found.accuracy,
             "details": {
                 "certified": {"errors": certificate.errors, "n": certificate.n, "bound": certificate.bound},
-                "hit_rates": dict(found.hit_rates),
+                "hit_rates": dict(zip(cached.exits[:-1], shares_E.tolist(), strict=False)),
                 "plan": cached.plan.to_json(),
-                "oracle_flops_ratio": found.oracle_flops_ratio,
+                "cache_bytes": cache_bytes(cached),
             },
         }
+
+    @torch.inference_mode()
+    def _served(self, cached: CachedModel) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """(N,) answers to the held-out inputs, and at which of its exits each of them left."""
+        said = [
+            cached.predict(*batch.args, **batch.kwargs)
+            for batch in read_stream(self.setup.held_out, self.setup.backbone)
+        ]
+        answers, exits = (torch.cat([getattr(one, name) for one in said]) for name in ("answer_B", "left_at_B"))
+        return answers.numpy(), exits.numpy()
+
+    def _latency(self, cached: CachedModel) -> tuple[LatencyRatio, ...]:
+        """Beside the full model. All plans without caches are the same model, so that it is timed once."""
+        if cached.plan.caches:
+            return self._timed(cached)
+        if self._idle_latency is None:
+            self._idle_latency = self._timed(cached)
+        return self._idle_latency
+
+    def _timed(self, cached: CachedModel) -> tuple[LatencyRatio, ...]:
+        return compare_latency(cached, self.case.sample, BATCH_SIZES, self.options.latency_budget)
 
     # -- opponents ---------------------------------------------------------------------------------
 
@@ -307,16 +357,21 @@ class Bench:
         given = Given(rule="published", thresholds_K=thresholds_K)
         return self.row(dataclasses.replace(learned, method=given), tolerance, None)
 
-    def run_opponent(self, opponent: Opponent, case: Case) -> None:
+    def _run_opponent(self, opponent: Opponent) -> None:
         for tolerance in self.options.tolerances if opponent.per_tolerance else [None]:
 
             def make(tolerance: float | None = tolerance) -> dict[str, Any]:
-                return measured(opponent.build(case, tolerance), case)
+                return measured(opponent.build(self.case, tolerance), self.case)
 
             self.book.attempt(opponent.name, None, tolerance, opponent.guarantee, make)
 
-    def case(self) -> Case:
+    def run_opponents(self, opponents: Iterable[Opponent]) -> None:
         ours = {tolerance: self.book.find(OURS, "certificate", tolerance) for tolerance in self.options.tolerances}
+        self.case.our_flops |= {key: row["flops_ratio"] for key, row in ours.items() if row and "error" not in row}
+        for opponent in opponents:
+            self._run_opponent(opponent)
+
+    def _case(self) -> Case:
         return Case(
             split_model=self.split_model,
             task=task_named("classification"),
@@ -329,7 +384,6 @@ class Bench:
             latency_budget_s=self.options.latency_budget,
             confidence_level=common.LEVEL,
             seed=SEED,
-            our_flops={tolerance: row["flops_ratio"] for tolerance, row in ours.items() if row and "error" not in row},
             smaller=self.setup.smaller,
         )
 
@@ -349,6 +403,10 @@ def once(make: Callable[[], Learned]) -> Callable[[], Learned]:
         return made[0]
 
     return result
+
+
+def cache_bytes(cached: CachedModel) -> int:
+    return sum(cache.parameter_bytes for cache in cached.costs.caches)
 
 
 def promise(name: str, rule: str) -> str:
@@ -414,11 +472,7 @@ def run(setup: Setup, options: argparse.Namespace, book: Book, folder: Path) -> 
     for rule in RULES:
         if rule.name in options.opponents:
             bench.run_rule(rule)
-    opponents = [opponent for opponent in OPPONENTS if opponent.name in options.opponents]
-    if opponents:
-        case = bench.case()
-        for opponent in opponents:
-            bench.run_opponent(opponent, case)
+    bench.run_opponents(opponent for opponent in OPPONENTS if opponent.name in options.opponents)
 
 
 @contextmanager

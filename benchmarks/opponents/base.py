@@ -35,8 +35,8 @@ class Case:
 
     recording: the pass that our own fit learned from. train: the stream behind its train rows. held_out: a stream that
     can be read again and again, of inputs that nothing was trained, tuned or certified on. folder: for files.
-    our_flops: FLOPs over the backbone's of our certified plan, by tolerance. smaller: a static model of the same task
-    and input, and its name.
+    our_flops: FLOPs over the backbone's of our certified plan, by tolerance, once it is measured. smaller: a static
+    model of the same task and input, and its name.
     """
 
     split_model: SplitModel
@@ -50,7 +50,7 @@ class Case:
     latency_budget_s: float
     confidence_level: float
     seed: int = 0
-    our_flops: Mapping[float, float] = field(default_factory=dict)
+    our_flops: dict[float, float] = field(default_factory=dict)
     smaller: tuple[str, nn.Module] | None = None
 
     @property
@@ -152,20 +152,26 @@ class Beside:
 def measured(built: Built, case: Case) -> dict[str, Any]:
     """Disagreement with the full model, time beside it, size: what a row of the results says."""
     answer_N = case.answers(built.call, built.rows_at_once)
-    n, errors = len(answer_N), int((answer_N != case.full_answers_N).sum())
     beside = cast(CachedModel, Beside(case.split_model, built.call))
     latency = compare_latency(beside, case.sample, BATCH_SIZES, case.latency_budget_s)
+    return compared(answer_N, case) | {
+        "latency": [asdict(ratio) for ratio in latency],
+        "flops_ratio": built.flops_ratio,
+        "bytes": built.parameter_bytes,
+        "build_s": built.build_s,
+        "details": dict(built.details),
+    }
+
+
+def compared(answer_N: NDArray[np.int64], case: Case) -> dict[str, Any]:
+    """These answers to the held-out inputs beside the full model's, and beside the labels where there are any."""
+    n, errors = len(answer_N), int((answer_N != case.full_answers_N).sum())
     return {
         "n": n,
         "disagreements": errors,
         "disagreement": errors / n,
         "interval": interval(errors, n, case.confidence_level),
-        "latency": [asdict(ratio) for ratio in latency],
-        "flops_ratio": built.flops_ratio,
-        "bytes": built.parameter_bytes,
-        "build_s": built.build_s,
         "accuracy": None if case.labels_N is None else float((answer_N == case.labels_N).mean()),
-        "details": dict(built.details),
     }
 
 
