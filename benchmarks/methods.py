@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import comparison
 import numpy as np
 import tiny_imagenet
 import torch
@@ -56,6 +58,7 @@ from offramp.types import LatencyRatio, Records
 OURS = "offramp"
 METHOD_RULES = ("certificate", "published")
 SEED = 0
+LEARN_FOR = 0.01  # the tolerance that caches are learned for
 LEAST_LEARNING = 0.5  # of the time budget: what a slow recording leaves to a fit
 COSTS_S = 1.0  # opponents need FLOPs only
 SST2_FOLDER = common.ROOT / "sst2-minilm"
@@ -174,7 +177,7 @@ class Book:
         except Exception as error:
             traceback.print_exc()
             row["error"] = f"{type(error).__name__}: {error}"
-        print(line(row), file=sys.stderr, flush=True)
+        print(comparison.line(row), file=sys.stderr, flush=True)
         self._keep(row)
         if self.file is not None:
             with self.file.open("a") as file:
@@ -186,39 +189,6 @@ class Book:
             self.rows.append(row)
         else:
             self.rows[self.rows.index(old)] = row
-
-
-HEAD = (
-    "| who | rule | tolerance | measured disagreement [95 % interval] | batch 1 time: mean, p50, p95 | batch 32 mean "
-    "| FLOPs | MiB | accuracy | build s |"
-)
-
-
-def line(row: dict[str, Any]) -> str:
-    """One line of the Markdown table. Times and FLOPs are over the full model's."""
-    what = f"| {row['name']} | {row['rule'] or '-'} | {_percent(row['tolerance'])} |"
-    if "error" in row:
-        message = row["error"].splitlines()[0].replace("|", "/")
-        return f"{what} failed: {message} |" + " - |" * 6
-    low, high = row["interval"]
-    at = {ratio["batch_size"]: ratio for ratio in row["latency"]}
-    flops = "-" if row["flops_ratio"] is None else f"{row['flops_ratio']:.2f}"
-    return (
-        f"{what} {_percent(row['disagreement'])} [{100 * low:.2f}, {100 * high:.2f}] | "
-        f"{at[1]['mean']:.2f}, {at[1]['p50']:.2f}, {at[1]['p95']:.2f} | {at[32]['mean']:.2f} | {flops} | "
-        f"{row['bytes'] / 2**20:.1f} | {_percent(row['accuracy'])} | {row['build_s']:.0f} |"
-    )
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, and under them what each of them promises."""
-    promises = {f"{row['name']}, {row['rule']}" if row["rule"] else row["name"]: row["guarantee"] for row in rows}
-    lines = [HEAD, "|" + "---|" * HEAD.count(" | ") + "---|", *map(line, rows), "", "What is promised:", ""]
-    return "\n".join(lines + [f"- {who}: {promise}" for who, promise in promises.items()])
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.3g} %"
 
 
 # -- methods of offramp ----------------------------------------------------------------------------
@@ -258,24 +228,26 @@ class Bench:
         print(f"recorded {recording.counts()} in {seconds:.0f} s", file=sys.stderr, flush=True)
         return recording, seconds
 
-    def learned(self, name: str) -> Learned:
+    def learned(self, name: str, tolerance: float = LEARN_FOR) -> Learned:
         """Caches of this method. The recording counts in the time of every one of them."""
+        kept_as = name if tolerance == LEARN_FOR else f"{name}-{tolerance:g}"
         learned = learn(
             self.setup.backbone,
             self.recording,
             method=name,
+            tolerance=tolerance,
             time_budget_s=self.learning_s,
             seed=SEED,
             progress=sys.stderr.isatty(),
-            workdir=self.folder / "fits" / name,
+            workdir=self.folder / "fits" / kept_as,
         )
-        learned.seconds = self._seconds(name, learned.seconds | {"record": self.record_s})
-        keep_records(learned, self.folder / "records" / f"{name}.npz")
+        learned.seconds = self._seconds(kept_as, learned.seconds | {"record": self.record_s})
+        keep_records(learned, self.folder / "records" / f"{kept_as}.npz")
         return learned
 
-    def _seconds(self, name: str, seconds: dict[str, float]) -> dict[str, float]:
+    def _seconds(self, kept_as: str, seconds: dict[str, float]) -> dict[str, float]:
         """Those of the run that trained these caches: a later one that only loads them would seem to be fast."""
-        clock = self.folder / "fits" / f"{name}.seconds.json"
+        clock = self.folder / "fits" / f"{kept_as}.seconds.json"
         if clock.exists():
             return {part: float(value) for part, value in json.loads(clock.read_text()).items()}
         clock.write_text(json.dumps(seconds))
@@ -289,12 +261,14 @@ class Bench:
         return self._ours
 
     def run_method(self, name: str) -> None:
-        pairs = [(rule, tolerance) for rule in METHOD_RULES for tolerance in self.options.tolerances]
-        missing = [pair for pair in pairs if not self.book.done(name, *pair)]
-        fitted = once(lambda: self.ours if name == OURS else self.learned(name))
-        for rule, tolerance in missing:
-            make = functools.partial(self._method_row, fitted, rule, tolerance)
-            self.book.attempt(name, rule, tolerance, promise(name, rule), make)
+        tolerances = self.options.tolerances
+        # What is learned depends on the tolerance of Freeze alone, whose thresholds per class are part of its caches.
+        groups = {one: [one] for one in tolerances} if name == "freeze" else {LEARN_FOR: tolerances}
+        for learn_for, group in groups.items():
+            fitted = once(functools.partial(self.learned, name, learn_for) if name != OURS else lambda: self.ours)
+            for rule, tolerance in itertools.product(METHOD_RULES, group):
+                make = functools.partial(self._method_row, fitted, rule, tolerance)
+                self.book.attempt(name, rule, tolerance, promise(name, rule), make)
 
     def _method_row(self, fitted: Callable[[], Learned], rule: str, tolerance: float) -> dict[str, Any]:
         return self.row(fitted(), tolerance, rule)
@@ -419,7 +393,7 @@ def promise(name: str, rule: str) -> str:
 
 
 def keep_records(learned: Learned, file: Path) -> None:
-    """What the caches said about tune and certify rows, for breaches.py."""
+    """What the caches said about tune and certify rows, and what they are, for breaches.py and replication.py."""
     if not learned.trained:
         return
     parts = [learned.candidates.records(learned.trained, part) for part in (TUNE, CERTIFY)]
@@ -438,6 +412,9 @@ def keep_records(learned: Learned, file: Path) -> None:
         reads=np.array(parts[0].reads_K),
         before=before_K,
         cache=cache_K,
+        name=np.array([one.cache.name for one in learned.trained]),
+        depth=np.array([learned.candidates.split.points[one.position].depth for one in learned.trained]),
+        bytes=np.array([cache.parameter_bytes for cache in learned.costs.caches]),
     )
 
 
@@ -495,7 +472,7 @@ def main() -> None:
     with workspace(options) as folder:
         book = Book(None if options.workdir is None else folder / "rows.jsonl", settings)
         run(setup, options, book, folder)
-    print(table(book.rows))
+    print(comparison.tables(book.rows))
     common.finish(common.document(f"{setup.title}: methods and opponents", book.rows), options.out)
 
 

@@ -433,7 +433,7 @@ def test_a_row_that_fails_says_why_and_is_tried_again(tmp_path: Path, capsys: py
     book.attempt("x", "published", 0.01, "none", broken)
     again = methods.Book(tmp_path / "rows.jsonl", {"case": "a"})
     assert again.rows[0]["error"] == "RuntimeError: no luck | today"
-    assert "no luck / today" in methods.table(again.rows)
+    assert "no luck / today" in load("comparison").tables(again.rows)
     again.attempt("x", "published", 0.01, "none", broken)
     assert calls == ["broken"] * 2
     assert len(again.rows) == 1
@@ -449,13 +449,47 @@ def test_a_finished_row_is_not_made_again(tmp_path: Path, case: Any) -> None:
     book.attempt("full", None, None, "It is.", lambda: pytest.fail("made again"))
     assert book.done("full", None, None)
     assert not book.done("full", None, 0.01)
-    text = methods.table(book.rows)
-    assert "| full | - | - | 0 % [0.00, " in text
+    text = load("comparison").tables(book.rows)
+    assert "| full | - | 0 % [0.00, " in text
     assert text.endswith("- full: It is.")
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {11}
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     with pytest.raises(SystemExit, match="take another --workdir"):
         methods.Book(tmp_path / "rows.jsonl", {"case": "b"})
+
+
+def compared_row(name: str, disagreement: float, flops: float | None, mean: float, **details: Any) -> dict[str, Any]:
+    latency = [{"batch_size": size, "mean": mean, "p50": mean, "p95": mean, "cached_mean_ms": mean} for size in (1, 32)]
+    return {
+        "name": name, "rule": None, "tolerance": 0.01, "guarantee": "None.", "n": 1000,
+        "disagreements": round(1000 * disagreement), "disagreement": disagreement, "flops_ratio": flops,
+        "interval": (disagreement / 2, 2 * disagreement), "latency": latency, "bytes": 2**20, "build_s": 1.0,
+        "accuracy": None, "details": details,
+    }  # fmt: skip
+
+
+def test_ours_at_a_disagreement_lies_between_our_rows_and_the_full_model() -> None:
+    comparison = load("comparison")
+    rows = [compared_row("offramp", 0.01, 0.5, 0.6), compared_row("offramp", 0.03, 0.3, 0.4)]
+    beaten = compared_row("offramp", 0.02, 0.9, 0.9)
+    for disagreement, expected in ((0.0, 1.0), (0.005, 0.75), (0.01, 0.5), (0.02, 0.4), (0.03, 0.3), (0.5, 0.3)):
+        assert comparison.ours_at(disagreement, [*rows, beaten], comparison.flops_ratio) == pytest.approx(expected)
+
+
+def test_who_is_ahead_of_ours_is_named() -> None:
+    comparison = load("comparison")
+    ours = compared_row("offramp", 0.01, 0.5, 0.6)
+    worse = compared_row("worse", 0.01, 0.55, 0.65)
+    cheaper = compared_row("cheaper", 0.005, 0.7, 0.9)  # ours there: 0.75 of the FLOPs, 0.8 of the time
+    fast = compared_row("int8", 0.01, None, 0.3)
+    idle = compared_row("idle", 0.0, 1.0, 0.97, hit_rates={})  # the full model, as the clock has it
+    failed = {"name": "failed", "rule": None, "tolerance": 0.01, "guarantee": "None.", "error": "E"}
+    rows = [ours, worse, cheaper, fast, idle, failed]
+    assert [row["name"] for row, _ in comparison.ahead(rows, comparison.flops_ratio)] == ["cheaper"]
+    assert [row["name"] for row, _ in comparison.ahead(rows, comparison.batch_1_mean)] == ["int8"]
+    text = comparison.tables(rows)
+    assert "- cheaper, 1 %: FLOPs 0.70, ours 0.75" in text
+    assert "- int8, 1 %: batch 1 mean time 0.30, ours 0.60" in text
+    assert "nothing here is ahead" in comparison.tables([ours, worse])
 
 
 def test_a_fit_that_fails_is_not_tried_for_every_row() -> None:
@@ -517,7 +551,7 @@ def test_a_run_goes_from_images_to_rows_and_a_second_one_finds_them(
     assert run().rows == json.loads(json.dumps(rows))
     assert (tmp_path / "rows.jsonl").stat().st_size == size
     breaches = load("breaches")
-    recorded, costs = breaches.load(tmp_path / "records" / "freeze.npz")
+    recorded, costs = breaches.load(tmp_path / "records" / "freeze-0.1.npz")
     assert recorded.confidence_NK.shape == recorded.answer_NK.shape
     assert ((recorded.answer_NK == recorded.backbone_answer_N[:, None]) == recorded.agreement_NK).all()
     assert len(costs.before_K) == recorded.confidence_NK.shape[1]

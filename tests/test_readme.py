@@ -38,8 +38,54 @@ def test_example_image_classifier(tmp_path: Path) -> None:
     assert "differs on" in text
 
 
+@pytest.mark.slow
+def test_example_finetune_sst2(tmp_path: Path) -> None:
+    for needed in ("transformers", "tokenizers", "pyarrow"):
+        pytest.importorskip(needed)
+    _save_encoder(tmp_path / "encoder")
+    _save_sentences(tmp_path / "sentences.parquet")
+    text = _run(
+        ROOT / "examples" / "finetune_sst2.py", "sentences.parquet", "--encoder", "encoder", "--out", "tuned",
+        "--epochs", "8", cwd=tmp_path,
+    )  # fmt: skip
+    assert "accuracy on 60 sentences held out: 100.0%" in text
+    from transformers import AutoModelForSequenceClassification
+
+    tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned", local_files_only=True)
+    assert tuned.config.num_labels == 2
+
+
+WORDS = ("good", "bad", "film", "the", "a", "plot")
+
+
+def _save_encoder(folder: Path) -> None:
+    """A tiny pretrained encoder with its tokenizer, as a transformers folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+
+
+def _save_sentences(file: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    labels = [i % 2 for i in range(1200)]
+    texts = [" ".join((WORDS[label], *WORDS[2 : 3 + i % 4])) for i, label in enumerate(labels)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": labels}), file)
+
+
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"image_classifier", "own_model"}
+    tested = {"finetune_sst2", "image_classifier", "own_model"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def trained(case: Case, tolerance: float) -> Trained:
         show=False,
     )
     cache = widest_within(candidates, case.our_flops.get(tolerance), tolerance)
-    recipe = Search(candidates, tolerance=tolerance)._recipe(cache)  # the search's own: a fair student gets no other
+    recipe = Search(candidates, tolerance=tolerance).recipe(cache)  # the search's own: a fair student gets no other
     with bar(cache.name, 1, show=False) as progress:
         candidates.train(cache, recipe, case.time_budget_s, progress)
     return candidates.named(cache.name)
