@@ -47,6 +47,7 @@ from offramp.cost import flop_shares, measure, shares
 from offramp.evaluation import compare_latency, costs_at_exits
 from offramp.fitting import RECORDING_SHARE, learn
 from offramp.methods import METHODS
+from offramp.methods.base import RULES as METHOD_RULES
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts
 from offramp.recording import CERTIFY, TUNE, Recording, record
@@ -56,7 +57,6 @@ from offramp.tasks import task_named
 from offramp.types import LatencyRatio, Records
 
 OURS = "offramp"
-METHOD_RULES = ("certificate", "published")
 SEED = 0
 LEARN_FOR = 0.01  # the tolerance that caches are learned for
 LEAST_LEARNING = 0.5  # of the time budget: what a slow recording leaves to a fit

@@ -6,9 +6,13 @@ python benchmarks/render.py
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import breaches
 import common
+import comparison
+import replication
 
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGE = common.ROOT / "docs" / "results.md"
@@ -24,7 +28,11 @@ faster), in eager mode. The oracle lets each request leave at the first enabled 
 
 MISSING = "\nNot measured yet: {names}.\n"
 
-SECTIONS = ("cifar10", "mobilenet_v2", "resnet56_cifar100", "learning_curve", "overhead", "split_table")
+SECTIONS = (
+    *("cifar10", "methods_cifar10", "methods_resnet56_cifar10", "methods_sst2", "methods_mobilenet_v2"),
+    *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
+    *("learning_curve", "overhead", "split_table"),
+)
 
 
 def main() -> None:
@@ -47,7 +55,7 @@ def section(name: str, document: dict[str, Any]) -> str:
         f"`{document['command']}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
         f"{hardware['threads']} threads; torch {versions['torch']}, Python {versions['python']}."
     )
-    body = {"overhead": overhead, "split_table": families}.get(name, fits)(document)
+    body = DRAWN.get(name.split("_")[0], fits)(document)
     return f"## {document['benchmark']}\n\n{facts}\n\n{body}\n"
 
 
@@ -107,6 +115,16 @@ def families(document: dict[str, Any]) -> str:
         else:
             lines.append(f"| {row['family']} | - | - | {row['status']}: {row['reason']} | - |")
     return "\n".join(lines)
+
+
+# By the first word of the document's name; `fits` draws the others.
+DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "methods": lambda document: comparison.tables(document["rows"]),
+    "breaches": lambda document: breaches.table(document["rows"]),
+    "replication": lambda document: replication.table(document["rows"]),
+    "overhead": overhead,
+    "split": families,
+}
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from offramp.bench import Outcome, read_suite, run_suite
 from offramp.bench import plots as plots_module
 from offramp.bench.measuring import promise_kept
 from offramp.bench.results import Results
-from offramp.bench.suite import MODEL_KEYS, RULES, SOURCE_KEYS, Suite, parameters
+from offramp.bench.suite import MODEL_KEYS, SOURCE_KEYS, Suite, parameters
 from offramp.caches import CacheShape
 from offramp.candidates import Candidates
 from offramp.distillation import Recipe
 from offramp.errors import InputError, MissingExtraError, StorageError
 from offramp.methods import METHODS, Method, method_named
+from offramp.methods.base import RULES
 from offramp.placement import CacheCosts, Thresholds
 from offramp.splitting import SplitModel, split
 from offramp.streams import Batch

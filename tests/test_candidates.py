@@ -17,10 +17,11 @@ from torch import Tensor
 
 from offramp import candidates as module
 from offramp import distillation
-from offramp.caches import CacheShape, LearnedCache, Reduction
+from offramp.caches import Cache, CacheShape, KeyCache, LearnedCache, NearestCache, Reduction
+from offramp.caches.nearest import StoreShape
 from offramp.candidates import Candidates, Trained
 from offramp.confidence import auroc
-from offramp.distillation import Recipe, Stop, TrainingLog
+from offramp.distillation import Recipe, Stop, Training, TrainingLog
 from offramp.errors import InputError, StorageError
 from offramp.progress import Bar, bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
@@ -280,11 +281,11 @@ def test_seconds_for_is_the_time_of_a_step_measured_once_times_the_steps(
 ) -> None:
     measured = []
 
-    def step(cache: LearnedCache, *_: object) -> float:
-        measured.append(cache.name)
+    def step(self: Training) -> float:
+        measured.append(self.cache.name)
         return 0.25
 
-    monkeypatch.setattr(module, "seconds_per_step", step)
+    monkeypatch.setattr(Training, "seconds_per_step", step)
     candidates = make_candidates(recording)
     cache = candidates.build(POINTS[2], CacheShape("mlp", 8))
     assert candidates.seconds_for(cache, Recipe(rows=100, batch_size=10)) == pytest.approx(2.5)
@@ -448,6 +449,41 @@ def test_a_cache_that_learned_by_other_means_is_judged_as_the_others_are(recordi
     assert added.auroc.keys() >= {"max_softmax", "selector"}
 
 
+def filled(kind: type[Cache], candidates: Candidates) -> Cache:
+    """A cache of a kind that is filled instead of trained, at the input."""
+    recording, rows = candidates.recording, candidates.train_rows
+    answer_N = recording.logits_NC[rows].argmax(1)
+    if kind is KeyCache:
+        table = KeyCache("input/table", "input", (1, 8, 8), CLASSES, grid=2, levels=2)
+        table.fill(recording.features[0], rows, answer_N, 1 << 20)
+        return table
+    store = NearestCache("input/store", "input", StoreShape(), CLASSES, reduction=Reduction())
+    store.fit(recording.features[0], rows, torch.from_numpy(answer_N), torch.Generator().manual_seed(0))
+    return store
+
+
+@pytest.mark.parametrize(
+    ("kind", "fixed", "decides"),
+    [
+        (KeyCache, None, "agreement"),
+        (KeyCache, "selector", "agreement"),
+        (KeyCache, "margin", "agreement"),
+        (NearestCache, "selector", "selector"),
+        (NearestCache, "margin", "margin"),
+    ],
+)
+def test_a_cache_without_the_score_that_a_method_fixed_decides_by_its_own(
+    recording: Recording, kind: type[Cache], fixed: str | None, decides: str
+) -> None:
+    candidates = make_candidates(recording)
+    candidates.confidence = fixed
+    cache = filled(kind, candidates)
+    candidates.add(cache, TrainingLog(0, 0.5, 0.0))
+    assert cache.confidence_name == decides
+    assert (cache.selector is not None) is (decides == "selector")
+    assert candidates.trained[0].auroc.keys() == {*cache.confidences(), *(["selector"] if kind.suits_selector else [])}
+
+
 def test_a_cache_that_took_no_step_is_no_candidate(recording: Recording, tmp_path: Path) -> None:
     candidates = make_candidates(recording, workdir=tmp_path)
     candidates.stop.requested = True
@@ -463,8 +499,7 @@ def test_a_stored_cache_comes_back_with_the_same_logits_and_log(
     recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = train_two(make_candidates(recording, workdir=tmp_path))
-    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(module, "seconds_per_step", lambda *_, **__: pytest.fail("timed again"))
+    monkeypatch.setattr(module, "Training", lambda *_, **__: pytest.fail("trained or timed again"))
     again = make_candidates(recording, workdir=tmp_path)
     fresh = again.build(POINTS[0], CacheShape("student", 8))
     assert again.seconds_for(fresh, RECIPE) == 0.0
@@ -497,6 +532,20 @@ def test_a_stored_cache_serves_only_the_fit_that_it_was_trained_in(recording: Re
     assert candidates.seconds_for(candidates.build(POINTS[2], shape), Recipe(rows=160, batch_size=16)) > 0.0
     reading = candidates.build(POINTS[2], shape, candidates.build(POINTS[0], CacheShape("student", 8)))
     assert candidates.seconds_for(reading, RECIPE) > 0.0, "it reads now, so its head has other inputs"
+
+
+def test_the_train_rows_are_digested_once(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested, inner = [], Recording.fingerprint
+
+    def counting(self: Recording, part: int) -> str:
+        digested.append(part)
+        return inner(self, part)
+
+    monkeypatch.setattr(Recording, "fingerprint", counting)
+    train_two(make_candidates(recording, workdir=tmp_path))
+    assert digested == [TRAIN]
 
 
 def test_a_half_trained_cache_is_used_but_not_stored(recording: Recording, tmp_path: Path) -> None:

@@ -75,7 +75,11 @@ def test_the_selector_learns_what_agrees() -> None:
     chance_N = torch.sigmoid(2 * (x_NF[:, 0] - 3) + 1)
     agreement_N = torch.rand(2000, generator=random) < chance_N
     selector = Selector.fitted(x_NF, agreement_N)
-    score_N = torch.sigmoid((x_NF - selector.mean) / selector.scale @ selector.weight + selector.bias)
+    score_N = selector.score(x_NF)
+    torch.testing.assert_close(
+        score_N,
+        1 / (1 + torch.exp(-((x_NF - selector.mean) / selector.scale * selector.weight).sum(1) - selector.bias)),
+    )
     assert float((score_N - chance_N).abs().mean()) < 0.05
     assert float(score_N.mean()) == pytest.approx(float(agreement_N.double().mean()), abs=0.01)
     again = Selector.fitted(x_NF, agreement_N)

@@ -20,6 +20,7 @@ from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.distillation import (
     Recipe,
     Stop,
+    Training,
     TrainingLog,
     cache_logits,
     distillation_loss,
@@ -27,7 +28,6 @@ from offramp.distillation import (
     has_fast_bfloat16,
     labelled,
     recipe_loss,
-    train,
 )
 from offramp.errors import InputError
 from offramp.recording import Recording
@@ -67,17 +67,20 @@ def make(*, reads: str | None = None) -> LearnedCache:
 
 
 def learn(cache: LearnedCache, recording: Recording, rows: int = 6000, **changed: Any) -> TrainingLog:
-    arguments: dict[str, Any] = {
-        "seed": 0,
-        "time_limit_s": None,
-        "device": torch.device("cpu"),
-        "stop": Stop(),
-        "progress": Ticks(),
-        **changed,
-    }
-    read_NC = arguments.pop("read_NC", None)
+    read_NC, seed = changed.pop("read_NC", None), changed.pop("seed", 0)
     recipe = Recipe(rows=rows, batch_size=50, learning_rate=1e-2)
-    return train(cache, recording, 0, np.arange(1600), read_NC, recipe, **arguments)
+    return run(training(cache, recording, recipe, read_NC, seed), **changed)
+
+
+def training(
+    cache: LearnedCache, recording: Recording, recipe: Recipe, read_NC: Tensor | None = None, seed: int = 0
+) -> Training:
+    return Training(cache, recording, 0, np.arange(1600), read_NC, recipe, seed=seed, device=torch.device("cpu"))
+
+
+def run(training: Training, **changed: Any) -> TrainingLog:
+    arguments: dict[str, Any] = {"time_limit_s": None, "stop": Stop(), "progress": Ticks(), **changed}
+    return training.run(**arguments)
 
 
 def agreement(cache: LearnedCache, recording: Recording) -> float:
@@ -161,6 +164,15 @@ def test_a_time_limit_shortens_the_schedule(recording: Recording, monkeypatch: p
     assert rates == pytest.approx([step / 20 for step in range(1, 20)])
 
 
+def test_a_step_is_timed_three_times_after_a_warm_up(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 10.0, 12.0, 20.0, 23.0])
+    steps: list[float] = []
+    monkeypatch.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(Training, "step", lambda self, done: steps.append(done))
+    assert training(make(), recording, Recipe(rows=100)).seconds_per_step() == 3.0, "the median"
+    assert steps == [0.0] * 4
+
+
 def test_the_schedule_rises_then_falls_to_nothing() -> None:
     factors = [distillation._schedule(done / 100, 0.2) for done in range(101)]
     assert factors.index(max(factors)) == 20
@@ -215,16 +227,16 @@ def test_training_in_bfloat16_leaves_float32_weights_that_agree(
     """bfloat16 is for the steps alone: weights, the optimizer's state and all that a cache says stay float32."""
     heads: list[torch.dtype] = []
     states: list[torch.dtype] = []
-    inner = distillation._Session.step
+    inner = Training.step
 
-    def noted(self: distillation._Session, done: float) -> float:
+    def noted(self: Training, done: float) -> float:
         hook = self.cache.head.register_forward_hook(lambda module, given, out: heads.append(out.dtype))
         loss = inner(self, done)
         hook.remove()
         states.extend(v.dtype for state in self.optimizer.state.values() for v in state.values() if v.ndim)
         return loss
 
-    monkeypatch.setattr(distillation._Session, "step", noted)
+    monkeypatch.setattr(Training, "step", noted)
     caches, logs = [], []
     for fast in (False, True):
         pretend(monkeypatch, amx_bf16=fast)
@@ -333,13 +345,13 @@ def test_labels_are_learned_from_the_rows_that_have_one(recording: Recording) ->
     given = with_labels(recording, label_N)
     recipe = Recipe(rows=6000, batch_size=50, learning_rate=1e-2, alpha=0.0, hard="label")
     assert recipe.on_labels
-    cache, device = make(), torch.device("cpu")
-    session = distillation._Session(cache, given, 0, np.arange(1600), None, recipe, 0, device)
-    assert session.rows.rows.tolist() == list(range(1, 1600, 2))
+    cache = make()
+    learning = training(cache, given, recipe)
+    assert learning.rows.rows.tolist() == list(range(1, 1600, 2))
     for _ in range(recipe.steps):
-        session.step(0.3)
+        learning.step(0.3)
     fresh = np.arange(1600, ROWS)
-    answer_N = cache_logits(cache.eval(), given, 0, fresh, None, device).argmax(1).numpy()
+    answer_N = cache_logits(cache.eval(), given, 0, fresh, None, torch.device("cpu")).argmax(1).numpy()
     assert (answer_N == (recording.logits_NC[fresh].argmax(1) + 1) % CLASSES).mean() > 0.9
 
 
@@ -348,19 +360,7 @@ def test_a_mixed_loss_learns_the_backbones_answer(recording: Recording) -> None:
     recipe = Recipe(rows=6000, batch_size=50, learning_rate=1e-2, alpha=0.5, temperature=6.0)
     cache = make()
     assert not recipe.on_labels
-    train(
-        cache,
-        recording,
-        0,
-        np.arange(1600),
-        None,
-        recipe,
-        seed=0,
-        time_limit_s=None,
-        device=torch.device("cpu"),
-        stop=Stop(),
-        progress=Ticks(),
-    )
+    run(training(cache, recording, recipe))
     assert agreement(cache, recording) > 0.9
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from test_candidates import image_recording
 from torch import Tensor, nn
 
-from offramp import choosing, fitting
+from offramp import choosing, fitting, recording
 from offramp.caches import CacheShape
 from offramp.candidates import Candidates
 from offramp.distillation import Recipe
@@ -58,7 +60,7 @@ def backbone() -> nn.Module:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short trainings, few copies, short measurements: the code, not the saving."""
-    monkeypatch.setattr(Search, "_recipe", lambda self, cache: Recipe(rows=1500, batch_size=64, learning_rate=4e-3))
+    monkeypatch.setattr(Search, "recipe", lambda self, cache: Recipe(rows=1500, batch_size=64, learning_rate=4e-3))
     monkeypatch.setattr("offramp.recording.ASKED_ROWS", 0)
     monkeypatch.setattr(fitting, "STAGES_S", 0.3)
     monkeypatch.setattr(fitting, "CACHES_S", 0.3)
@@ -163,6 +165,14 @@ def test_a_tensor_is_not_a_stream(backbone: nn.Module) -> None:
         fit(backbone, images(10, 0), progress=False)
 
 
+@pytest.mark.parametrize("method", ["offramp", "branchynet"])
+def test_a_recording_is_no_certification_stream(backbone: nn.Module, method: str) -> None:
+    recorded = image_recording()
+    labelled = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in images(300, 0).split(100)]
+    with pytest.raises(InputError, match="a stream must yield batches; received a Recording"):
+        fit(backbone, labelled, certify=recorded, method=method, progress=False)  # type: ignore[arg-type]
+
+
 def test_a_stream_that_breaks_keeps_what_was_recorded(backbone: nn.Module) -> None:
     def breaking() -> Iterator[Tensor]:
         yield from images(300, 0).split(100)
@@ -233,6 +243,43 @@ def test_an_interrupted_fit_resumes_without_asking_the_backbone_again(
     cached = quick_fit(backbone, workdir=tmp_path)
     assert all(shape.kind != "student" for shape in trained)
     assert cached.certificate.n > 0
+    assert not list(tmp_path.iterdir())
+
+
+def failing(*_: object, **__: object) -> None:
+    raise RuntimeError("something else broke")
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (recording._Recorder, "ask_again"),
+        (Search, "run"),
+        (fitting, "measure_caches"),
+        (choosing, "summarise"),
+    ],
+    ids=["recording", "training", "measuring", "choosing"],
+)
+def test_whatever_breaks_a_workdir_keeps_the_recording(
+    backbone: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str
+) -> None:
+    monkeypatch.setattr(Search, "run", lambda self: None)  # no caches: it is about the recording
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, failing)
+        with pytest.raises(RuntimeError, match="something else broke"):
+            quick_fit(backbone, workdir=tmp_path)
+    monkeypatch.setattr(recording._Recorder, "_write", lambda *_, **__: pytest.fail("recorded again"))
+    assert quick_fit(backbone, workdir=tmp_path).certificate.n > 0
+
+
+def test_without_a_workdir_nothing_is_kept(
+    backbone: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Search, "run", failing)
+    with pytest.raises(RuntimeError, match="something else broke"):
+        quick_fit(backbone)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -12,113 +12,34 @@ from typing import Any
 import models
 import pytest
 import torch
-from torch import Tensor, nn
+from models import (
+    ALWAYS,
+    NEVER,
+    OPEN,
+    Counting,
+    FixedCache,
+    bare,
+    cached_model,
+    close,
+    constant,
+    images,
+    in_a_dict,
+    in_a_tuple,
+    learned,
+    plain,
+    say_class,
+    thresholds_at,
+)
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from offramp.caches import CacheShape, LearnedCache, reduction_for
+from offramp.caches import LearnedCache
 from offramp.errors import InputError
 from offramp.model import BACKBONE, CachedModel, Prediction
-from offramp.splitting import SplitModel, SplitPoint, split
+from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
 from offramp.tasks import Classification
-from offramp.types import Certificate, CostTable, PartCost, Plan, PlannedCache, RoutingCost, Timing
-
-NEVER = 2.0  # a threshold that no confidence reaches
-ALWAYS = 0.0
-OPEN = Certificate(0.01, 0.95, 100, 0, 0.01, "by hand", 1, "", "", "2026-01-01")
-
-
-# --- making cached models by hand -----------------------------------------------------------------
-
-
-class FixedCache(LearnedCache):
-    """Says what it is told: logits and confidence by functions of the activation."""
-
-    def __init__(
-        self,
-        point: SplitPoint,
-        classes: int,
-        logits: Callable[[Tensor], Tensor],
-        confidence: Callable[[Tensor], Tensor],
-        name: str = "",
-    ) -> None:
-        super().__init__(
-            name or f"{point.name}/fixed",
-            point.name,
-            CacheShape("linear"),
-            point.shape,
-            classes,
-            reduction=reduction_for(point.shape, is_input=point.position == 0),
-        )
-        self.say, self.sure = logits, confidence
-        self.calls: list[int] = []
-
-    def forward(self, activation: Tensor, read_BC: Tensor | None = None) -> Tensor:
-        del read_BC
-        self.calls.append(len(activation))
-        self.seen = activation
-        return self.say(activation)
-
-    def confidence(self, logits_BC: Tensor, read_BC: Tensor | None = None) -> Tensor:
-        del logits_BC, read_BC
-        return self.sure(self.seen)
-
-
-def learned(
-    point: SplitPoint, classes: int, kind: Any = "linear", reads: LearnedCache | None = None, **more: Any
-) -> LearnedCache:
-    """A cache with random weights large enough that its confidences differ."""
-    cache = LearnedCache(
-        f"{point.name}/{kind}",
-        point.name,
-        CacheShape(kind, 8),
-        point.shape,
-        classes,
-        reduction=reduction_for(point.shape, is_input=point.position == 0),
-        reads=None if reads is None else reads.name,
-        **more,
-    )
-    nn.init.normal_(cache.head.weight, std=0.7)
-    return cache.eval()
-
-
-def part(name: str, ms: float) -> PartCost:
-    times = {size: Timing(ms * size, ms * size, ms * size) for size in (1, 8, 32)}
-    return PartCost(name, 100.0, 10, 40, times)
-
-
-def costs(stages: int, *, compaction: bool) -> CostTable:
-    """Every row saved pays at once, or dropping rows never pays."""
-    routing = RoutingCost(0.0, 0.0 if compaction else 1e9, 0.0)
-    parts = tuple(part(f"s{k}", 1.0) for k in range(stages))
-    return CostTable("cpu", 1, part(BACKBONE, float(stages)), parts, (routing,) * stages)
-
-
-def cached_model(
-    split_model: SplitModel,
-    caches: Sequence[LearnedCache] = (),
-    thresholds: Sequence[float] = (),
-    *,
-    compaction: bool = True,
-    bypass: tuple[int, ...] = (),
-) -> CachedModel:
-    planned = tuple(
-        PlannedCache(cache.name, cache.point, threshold, cache.confidence_name, 0.1)
-        for cache, threshold in zip(caches, thresholds, strict=True)
-    )
-    table = costs(len(split_model.stages), compaction=compaction)
-    plan = Plan(planned, bypass_batch_sizes=bypass)
-    return CachedModel(split_model, caches, plan, OPEN, table, task=Classification(), summary={})
-
-
-def images(rows: int, seed: int = 1) -> Tensor:
-    return torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def cnn() -> SplitModel:
-    torch.manual_seed(0)
-    return split(models.ResidualNet().eval(), images(4))
+from offramp.types import Certificate, Plan
 
 
 @pytest.fixture(scope="module")
@@ -128,59 +49,6 @@ def three(cnn: SplitModel) -> list[LearnedCache]:
     first = learned(cnn.points[0], 5, "student")
     middle, last = cnn.points[2], cnn.points[-1]
     return [first, learned(middle, 5, "mlp", first), learned(last, 5, "linear", first)]
-
-
-def say_class(number: int, classes: int = 5) -> Callable[[Tensor], Tensor]:
-    """Logits that always name one class, and that the backbone would never give."""
-    return lambda x: torch.nn.functional.one_hot(torch.full((len(x),), number), classes) * 1000.0
-
-
-def constant(value: float) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.full((len(x),), value)
-
-
-@torch.no_grad()
-def thresholds_at(split_model: SplitModel, caches: Sequence[LearnedCache], shares: Sequence[float]) -> list[float]:
-    """Thresholds that about these shares of random images reach, cache by cache."""
-    live = split_model.flatten(Batch((images(64, 9),)))
-    said: dict[str, Tensor] = {}
-    found = []
-    for position, stage in enumerate(split_model.stages):
-        for cache, share in zip(caches, shares, strict=True):
-            if cache.point == split_model.points[position].name:
-                read = None if cache.reads is None else said[cache.reads]
-                said[cache.name] = cache(split_model.activation(position, live), read)
-                found.append(float(cache.confidence(said[cache.name], read).quantile(1 - share)))
-        live = stage(*live)
-    return found
-
-
-def plain(cached: CachedModel, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        answer: Tensor = cached.split_model.backbone(x)
-    return answer
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-class Counting:
-    """Counts the rows that every stage of a split model is called with."""
-
-    def __init__(self, split_model: SplitModel) -> None:
-        self.rows: list[list[int]] = [[] for _ in split_model.stages]
-        self.handles = [
-            stage.register_forward_pre_hook(lambda _module, args, at=at: self.rows[at].append(len(args[0])))
-            for at, stage in enumerate(split_model.stages)
-        ]
-
-    def __enter__(self) -> list[list[int]]:
-        return self.rows
-
-    def __exit__(self, *_error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 # --- exact ----------------------------------------------------------------------------------------
@@ -353,18 +221,6 @@ def test_under_inference_mode_and_with_gradients_on(cnn: SplitModel, three: list
     with torch.enable_grad():
         assert not cached(x.clone().requires_grad_()).requires_grad
     assert not expected.requires_grad
-
-
-def in_a_tuple(logits: Tensor, _features: Tensor) -> object:
-    return (logits,)
-
-
-def in_a_dict(logits: Tensor, _features: Tensor) -> object:
-    return {"logits": logits, "loss": None}
-
-
-def bare(logits: Tensor, _features: Tensor) -> object:
-    return logits
 
 
 @pytest.mark.parametrize("form", [bare, in_a_tuple, in_a_dict])

@@ -319,7 +319,7 @@ def test_write_html_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full_disk(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("offramp.report.page.os.replace", full_disk)
+    monkeypatch.setattr("offramp.report.files.os.replace", full_disk)
     with pytest.raises(StorageError, match="No space left"):
         report.write_html(document_without_caches(), target)
     assert target.read_text(encoding="utf-8") == before

@@ -20,7 +20,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from test_model import (
+from models import (
     ALWAYS,
     NEVER,
     Counting,
@@ -49,12 +49,6 @@ from offramp.splitting import SplitModel, split
 from offramp.types import Plan
 
 LOGITS = torch.empty(0, 5)
-
-
-@pytest.fixture(scope="module")
-def cnn() -> SplitModel:
-    torch.manual_seed(0)
-    return split(models.ResidualNet().eval(), images(4))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from offramp.caches import Cache, CacheShape, LearnedCache
 from offramp.confidence import Selector, auroc, statistics
 from offramp.cost import count_flops
-from offramp.distillation import Recipe, Stop, TrainingLog, cache_logits, seconds_per_step, train
+from offramp.distillation import Recipe, Stop, Training, TrainingLog, cache_logits
 from offramp.errors import InputError, StorageError
 from offramp.placement import CacheCosts
 from offramp.progress import Bar, bar
@@ -78,7 +79,7 @@ class Candidates:
         self.classes = recording.logits_NC.shape[1]
         self.flops = costs.backbone.flops
         self.trained: list[Trained] = []
-        self.confidence: str | None = None  # what every cache decides by; None: by what ranks best on tune
+        self.confidence: str | None = None  # decides for every cache that has it; else what ranks best on tune
         self._step_s: dict[str, float] = {}  # measured seconds per training step, by a cache's name
 
     @property
@@ -163,15 +164,10 @@ class Candidates:
         if stored is not None and stored.steps >= recipe.steps:
             return 0.0
         if cache.name not in self._step_s:
-            self._step_s[cache.name] = seconds_per_step(
-                copy.deepcopy(cache),
-                self.recording,
-                self.position(cache),
-                self.train_rows,
-                None if cache.reads is None else torch.zeros(len(self.recording), self.classes),
-                recipe,
-                self.split.device,
-            )
+            # What it reads is not trained yet; one row serves for all.
+            read_NC = None if cache.reads is None else torch.zeros(1, self.classes).expand(len(self.recording), -1)
+            training = self._training(copy.deepcopy(cache), recipe, read_NC)
+            self._step_s[cache.name] = training.seconds_per_step()
         return self._step_s[cache.name] * recipe.steps
 
     def train_round(
@@ -210,28 +206,28 @@ class Candidates:
         self.trained.append(self._judge(cache.eval(), self.position(cache), log))
 
     def _train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> Trained:
-        position = self.position(cache)
         # The head's width changes with what it reads; the read logits were recorded when that cache was trained.
-        read = None if cache.reads is None else self.named(cache.reads)
-        log = train(
-            cache,
-            self.recording,
-            position,
-            self.train_rows,
-            None if read is None else read.logits_NC,
-            recipe,
-            seed=self.seed,
-            time_limit_s=limit_s,
-            device=self.split.device,
-            stop=self.stop,
-            progress=progress,
-        )
-        trained = self._judge(cache, position, log)
+        read_NC = None if cache.reads is None else self.named(cache.reads).logits_NC
+        training = self._training(cache, recipe, read_NC)
+        log = training.run(time_limit_s=limit_s, stop=self.stop, progress=progress)
+        trained = self._judge(cache, self.position(cache), log)
         self._save(trained, cache, recipe)
         return trained
 
+    def _training(self, cache: LearnedCache, recipe: Recipe, read_NC: Tensor | None) -> Training:
+        return Training(
+            cache,
+            self.recording,
+            self.position(cache),
+            self.train_rows,
+            read_NC,
+            recipe,
+            seed=self.seed,
+            device=self.split.device,
+        )
+
     def _judge(self, cache: Cache, position: int, log: TrainingLog) -> Trained:
-        """Run the cache on the rows that matter and pick `confidence`, or the one that ranks best on tune."""
+        """Run the cache on the rows that matter and pick its confidence."""
         rows = np.arange(len(self.recording)) if position == 0 else self.judged_rows
         read = None if cache.reads is None else self.named(cache.reads)
         read_NC = None if read is None else read.on(rows)
@@ -246,10 +242,11 @@ class Candidates:
         read_BC = None if read is None else read.on(tune)
         agreement = self._agreement(trained, tune)
         scores = {name: function(logits).double().numpy() for name, function in trained.cache.confidences().items()}
-        scores["selector"] = _cross_fitted(statistics(logits, read_BC), torch.from_numpy(agreement), self.seed)
+        if trained.cache.suits_selector:
+            scores["selector"] = _cross_fitted(statistics(logits, read_BC), torch.from_numpy(agreement), self.seed)
         trained.auroc = {name: auroc(score, agreement) for name, score in scores.items()}
         ranked = max(trained.auroc, key=lambda name: (np.nan_to_num(trained.auroc[name], nan=0.0), name != "selector"))
-        best = self.confidence or ranked
+        best = self.confidence if self.confidence in scores else ranked
         selector = None
         if best == "selector":
             selector = Selector.fitted(statistics(logits, read_BC), torch.from_numpy(agreement))
@@ -302,13 +299,18 @@ class Candidates:
 
     # -- resuming ----------------------------------------------------------------------------------
 
+    @cached_property
+    def _train_digest(self) -> str:
+        """Of all train rows, so it takes a while."""
+        return self.recording.fingerprint(TRAIN)
+
     def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None
         read = next((trained for trained in self.trained if trained.cache.name == cache.reads), None)
         later = ("folded", "confidence", "selector_features")  # decided after training
         what = {
             "backbone": self.split.fingerprint,
-            "data": self.recording.fingerprint(TRAIN),
+            "data": self._train_digest,
             "seed": self.seed,
             "recipe": dataclasses.asdict(recipe),
             "read": None if read is None else read.log.steps,  # trained on, it says other things
@@ -364,6 +366,5 @@ def _cross_fitted(x_NF: Tensor, agreement_N: Tensor, seed: int, folds: int = 5) 
         inside = fold_N != fold
         if inside.any() and (~inside).any():
             selector = Selector.fitted(x_NF[inside], agreement_N[inside])
-            z = (x_NF[~inside] - selector.mean) / selector.scale
-            score_N[~inside] = torch.sigmoid(z @ selector.weight + selector.bias).double()
+            score_N[~inside] = selector.score(x_NF[~inside]).double()
     return score_N.numpy()

@@ -77,8 +77,11 @@ class Selector(nn.Module):
         self.register_buffer("bias", torch.zeros(()))
 
     def forward(self, logits_BC: Tensor, read_BC: Tensor | None) -> Tensor:
-        x_BF = (statistics(logits_BC, read_BC) - self.mean) / self.scale
-        return torch.sigmoid(x_BF @ self.weight + self.bias)
+        return self.score(statistics(logits_BC, read_BC))
+
+    def score(self, x_BF: Tensor) -> Tensor:
+        """(B,) P(agree) from these statistics, as `statistics` gives them."""
+        return torch.sigmoid((x_BF - self.mean) / self.scale @ self.weight + self.bias)
 
     @classmethod
     def fitted(cls, x_NF: Tensor, agreement_N: Tensor, l2: float = 1e-2) -> Selector:

@@ -103,64 +103,12 @@ def graceful_stop() -> Iterator[Stop]:
         signal.signal(signal.SIGINT, previous)
 
 
-def train(
-    cache: LearnedCache,
-    recording: Recording,
-    position: int,
-    rows: NDArray[np.intp],
-    read_NC: Tensor | None,
-    recipe: Recipe,
-    *,
-    seed: int,
-    time_limit_s: float | None,
-    device: torch.device,
-    stop: Stop,
-    progress: Bar,
-) -> TrainingLog:
-    """Train `cache` on the recorded `rows` of split point `position`, in place; leaves it in eval mode, folded.
+class Training:
+    """The training of `cache`, in place, by a recipe, on the recorded `rows` of split point `position`.
 
-    read_NC: logits of the cache it reads, for every recorded row, or None. Raises nothing on Ctrl-C: ends early, the
-    schedule being cut short.
+    read_NC: logits of the cache it reads, for every recorded row, or None. InputError where the recipe trains on labels
+    that the recording does not have (`labelled`).
     """
-    session = _Session(cache, recording, position, rows, read_NC, recipe, seed, device)
-    started, losses = time.monotonic(), []
-    for step in range(recipe.steps):
-        done = step / recipe.steps
-        if time_limit_s is not None:
-            done = max(done, (time.monotonic() - started) / time_limit_s)
-        if done >= 1 or stop.requested:
-            break
-        losses.append(session.step(done))
-        progress.advance(1 / recipe.steps)
-    cache.eval()
-    cache.fold()
-    cache.requires_grad_(requires_grad=False)
-    tail = losses[-max(1, len(losses) // 10) :]
-    return TrainingLog(len(losses), time.monotonic() - started, float(np.mean(tail)) if tail else math.nan)
-
-
-def seconds_per_step(
-    cache: LearnedCache,
-    recording: Recording,
-    position: int,
-    rows: NDArray[np.intp],
-    read_NC: Tensor | None,
-    recipe: Recipe,
-    device: torch.device,
-) -> float:
-    """Median time of three training steps after one for warm-up; changes `cache`, so pass a copy."""
-    session = _Session(cache, recording, position, rows, read_NC, recipe, 0, device)
-    session.step(0.0)
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        session.step(0.0)
-        times.append(time.monotonic() - started)
-    return sorted(times)[1]
-
-
-class _Session:
-    """Everything that one training keeps from step to step."""
 
     def __init__(
         self,
@@ -170,6 +118,7 @@ class _Session:
         rows: NDArray[np.intp],
         read_NC: Tensor | None,
         recipe: Recipe,
+        *,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -185,6 +134,34 @@ class _Session:
         self.augmentations = recording.free_augmentations if position == 0 else ()
         self.generator = torch.Generator().manual_seed(seed)
         self.recipe, self.device, self.fast = recipe, device, has_fast_bfloat16(device)
+
+    def run(self, *, time_limit_s: float | None, stop: Stop, progress: Bar) -> TrainingLog:
+        """Train to the end; leaves the cache in eval mode, folded. Raises nothing on Ctrl-C: ends early, the schedule
+        being cut short."""
+        started, losses = time.monotonic(), []
+        for step in range(self.recipe.steps):
+            done = step / self.recipe.steps
+            if time_limit_s is not None:
+                done = max(done, (time.monotonic() - started) / time_limit_s)
+            if done >= 1 or stop.requested:
+                break
+            losses.append(self.step(done))
+            progress.advance(1 / self.recipe.steps)
+        self.cache.eval()
+        self.cache.fold()
+        self.cache.requires_grad_(requires_grad=False)
+        tail = losses[-max(1, len(losses) // 10) :]
+        return TrainingLog(len(losses), time.monotonic() - started, float(np.mean(tail)) if tail else math.nan)
+
+    def seconds_per_step(self) -> float:
+        """Median time of three steps after one for warm-up. They train: time a training of a copy of the cache."""
+        self.step(0.0)
+        times = []
+        for _ in range(3):
+            started = time.monotonic()
+            self.step(0.0)
+            times.append(time.monotonic() - started)
+        return sorted(times)[1]
 
     def step(self, done: float) -> float:
         """One step on the next batch, at this share of the schedule; its loss."""

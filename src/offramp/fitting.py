@@ -111,18 +111,18 @@ def learn(
     chosen_method = method_named(method)
     _check_arguments(time_budget_s, seed)
     _check_backbone(backbone, device)
-    for given in (stream, certify):
-        if given is not None and not isinstance(given, Recording):
-            check_stream(given)
+    if not isinstance(stream, Recording):
+        check_stream(stream)
+    if certify is not None:
+        check_stream(certify)
     folder = None if workdir is None else Path(workdir) / WORK
     clock = _Clock()
     to_text = getattr(stream, "to_text", None)
     example, stream = _example(backbone, stream)
     _check_labels(chosen_method, "stream", example, stream)
     if chosen_method.needs_labels and certify is not None:
-        fresh, peeked = _example(backbone, certify)
-        _check_labels(chosen_method, "certification stream", fresh, peeked)
-        certify = None if isinstance(peeked, Recording) else peeked
+        fresh, certify = _peek(backbone, certify)
+        _check_labels(chosen_method, "certification stream", fresh, certify)
     split_model = split(backbone, example.to(_device_of(backbone)))
     clock.lap("split")
     costs = measure(split_model, batch_sizes=BATCH_SIZES, budget_s=within(STAGES_S, time_budget_s, STAGES_SHARE))
@@ -214,9 +214,14 @@ def _device_of(backbone: nn.Module | ExportedProgram) -> torch.device:
 
 
 def _example(backbone: nn.Module, stream: Iterable[object] | Recording) -> tuple[Batch, Iterable[object] | Recording]:
-    """A few rows to trace the backbone with, and the stream, still whole and read once only."""
+    """A few rows to trace the backbone with, and the stream, still whole."""
     if isinstance(stream, Recording):
         return stream.sample.rows(slice(0, 4)), stream
+    return _peek(backbone, stream)
+
+
+def _peek(backbone: nn.Module, stream: Iterable[object]) -> tuple[Batch, Iterable[object]]:
+    """The first few rows of a stream, and the stream, still whole and read once only."""
     peeked = _Peeked(stream)
     first = next(read_stream(peeked.ahead(), backbone if isinstance(backbone, nn.Module) else None), None)
     if first is None:

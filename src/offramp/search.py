@@ -126,12 +126,8 @@ class Search:
         enabled = [k for k, threshold in enumerate(best.thresholds_K) if np.isfinite(threshold)]
         return trained[enabled[-1] if enabled else 0]
 
-    # -- time --------------------------------------------------------------------------------------
-
-    def _round(self, name: str, caches: Sequence[LearnedCache], limit_s: float | None) -> None:
-        self.candidates.train_round(name, caches, self._recipe, limit_s)
-
-    def _recipe(self, cache: LearnedCache) -> Recipe:
+    def recipe(self, cache: LearnedCache) -> Recipe:
+        """How a cache of this shape is trained at this split point, given the number of train rows."""
         n = len(self.candidates.train_rows)
         if cache.shape.kind in ("linear", "mlp"):
             return Recipe(rows=int(np.clip(30 * n, 20_000, 600_000)), batch_size=min(256, max(16, n // 8)))
@@ -139,8 +135,13 @@ class Search:
         rows = int(np.clip(40 * n, 30_000, most))
         return Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
 
+    # -- time --------------------------------------------------------------------------------------
+
+    def _round(self, name: str, caches: Sequence[LearnedCache], limit_s: float | None) -> None:
+        self.candidates.train_round(name, caches, self.recipe, limit_s)
+
     def _seconds(self, cache: LearnedCache) -> float:
-        return self.candidates.seconds_for(cache, self._recipe(cache))
+        return self.candidates.seconds_for(cache, self.recipe(cache))
 
     def _affordable(
         self,

@@ -24,7 +24,7 @@ from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Candidate, oracle_cost, outcomes
 from offramp.recording import CERTIFY, TUNE
 from offramp.streams import Batch
-from offramp.types import CostTable, LatencyRatio, version
+from offramp.types import CostTable, LatencyRatio, Records, version
 
 log = logging.getLogger("offramp")
 
@@ -50,7 +50,8 @@ class Findings:
 def summarise(candidates: Candidates, cached: CachedModel, costs: CostTable, found: Findings) -> dict[str, Any]:
     """The document's parts, JSON throughout; `costs` covers all candidates. tests/test_report.py shows its form."""
     backbone = candidates.split.backbone
-    leaves = _leaves(candidates, cached, found)
+    certify = candidates.records(found.trained, CERTIFY) if cached.plan.caches else None
+    leaves = _leaves(cached, found, certify)
     return {
         "offramp": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -74,7 +75,7 @@ def summarise(candidates: Candidates, cached: CachedModel, costs: CostTable, fou
         },
         "caches": _caches(candidates, costs, found),
         "path": _path(cached, found),
-        "oracle_cost": _oracle(candidates, cached, found),
+        "oracle_cost": None if certify is None else _oracle(cached, found, certify),
         "samples": _samples(candidates, cached, found),
         "fit": {
             "inputs": candidates.recording.counts(),
@@ -88,12 +89,11 @@ def summarise(candidates: Candidates, cached: CachedModel, costs: CostTable, fou
     }
 
 
-def _left_at(candidates: Candidates, cached: CachedModel, found: Findings, part: int) -> NDArray[np.int64]:
-    """(rows of the part,) index into `cached.exits`."""
-    rows = candidates.recording.index(part)
-    if not cached.plan.caches:
-        return np.zeros(len(rows), np.int64)
-    left_at, _ = outcomes(candidates.records(found.trained, part), found.chosen.thresholds_K)
+def _left_at(cached: CachedModel, found: Findings, certify: Records | None) -> NDArray[np.int64]:
+    """(certification inputs,) index into `cached.exits`."""
+    if certify is None:
+        return np.zeros(found.verdict.n, np.int64)
+    left_at, _ = outcomes(certify, found.chosen.thresholds_K)
     names = [trained.cache.name for trained in found.trained]
     exit_of = [cached.exits.index(name) if name in cached.exits else -1 for name in names] + [len(cached.exits) - 1]
     return np.array(exit_of)[left_at]
@@ -103,8 +103,9 @@ def _flop_costs(cached: CachedModel) -> CacheCosts:
     return CacheCosts(*flop_shares(cached.costs))
 
 
-def _leaves(candidates: Candidates, cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
-    share = np.bincount(_left_at(candidates, cached, found, CERTIFY), minlength=len(cached.exits))
+def _leaves(cached: CachedModel, found: Findings, certify: Records | None) -> list[dict[str, Any]]:
+    """certify: what the candidates said about the certification inputs; None where the plan has no caches."""
+    share = np.bincount(_left_at(cached, found, certify), minlength=len(cached.exits))
     share = share / max(1, share.sum())
     cost = costs_at_exits(_flop_costs(cached))
     points = [planned.point for planned in cached.plan.caches] + ["output"]
@@ -153,27 +154,25 @@ def _reliability(confidence_N: NDArray[Any], agreement_N: NDArray[np.bool_]) -> 
 
 
 def _path(cached: CachedModel, found: Findings) -> list[dict[str, Any]]:
-    n, level = found.verdict.n, cached.certificate.confidence_level
+    n, level, tolerance = found.verdict.n, cached.certificate.confidence_level, cached.certificate.tolerance
+    bounds_M = [upper_bound(int(errors), n, level) for errors in found.certify_errors_M]
     return [
         {
             "disagreement": candidate.disagreement,
             "cost": candidate.cost,
             "certified_errors": int(errors),
-            "bound": upper_bound(int(errors), n, level),
-            "passed": i <= found.verdict.index and upper_bound(int(errors), n, level) <= cached.certificate.tolerance,
+            "bound": bound,
+            "passed": i <= found.verdict.index and bound <= tolerance,
             "chosen": candidate is found.chosen,
         }
-        for i, (candidate, errors) in enumerate(zip(found.path, found.certify_errors_M, strict=True))
+        for i, (candidate, errors, bound) in enumerate(zip(found.path, found.certify_errors_M, bounds_M, strict=True))
     ]
 
 
-def _oracle(candidates: Candidates, cached: CachedModel, found: Findings) -> float | None:
+def _oracle(cached: CachedModel, found: Findings, certify: Records) -> float:
     """FLOPs share if each certification input left at the first enabled cache that agrees."""
-    if not cached.plan.caches:
-        return None
-    records = candidates.records(found.trained, CERTIFY)
     enabled = [k for k, threshold in enumerate(found.chosen.thresholds_K) if np.isfinite(threshold)]
-    return oracle_cost(records.agreement_NK[:, enabled], _flop_costs(cached))
+    return oracle_cost(certify.agreement_NK[:, enabled], _flop_costs(cached))
 
 
 def _samples(candidates: Candidates, cached: CachedModel, found: Findings) -> dict[str, Any]:

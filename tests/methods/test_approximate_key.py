@@ -12,12 +12,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from toys import TOLERANCE, traffic, wide
 
-from offramp import choosing, fitting
 from offramp.artifact import load, save
 from offramp.caches import KeyCache
 from offramp.choosing import Learned, choose
-from offramp.cost import flop_shares
 from offramp.distillation import Recipe
 from offramp.errors import InputError
 from offramp.fitting import fit, learn
@@ -32,23 +31,6 @@ from offramp.search import Search
 from offramp.splitting import SplitPoint
 from offramp.types import Records
 
-TOLERANCE = 0.05
-
-
-class Wide(nn.Module):
-    """Dear, and its answer is the brightest quarter of the image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 24, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(24, 24, 3, padding=1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.stem(x))
-        for block in self.blocks:
-            y = torch.relu(block(y))
-        return 20 * nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) + 1e-3 * y.mean((1, 2, 3))[:, None]
-
 
 def images(count: int, seed: int) -> Tensor:
     """Skewed traffic: quarters as bright as one of 60 patterns says, the first patterns most often, and some noise."""
@@ -59,32 +41,21 @@ def images(count: int, seed: int) -> Tensor:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Short trainings and measurements, few copies, and costs that do not depend on the clock."""
+def quick(quick: None) -> Iterator[None]:
+    """Short trainings and few copies as well."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Search, "_recipe", lambda self, cache: Recipe(rows=600, batch_size=64, learning_rate=4e-3))
+        patched.setattr(Search, "recipe", lambda self, cache: Recipe(rows=600, batch_size=64, learning_rate=4e-3))
         patched.setattr("offramp.recording.ASKED_ROWS", 400)
-        patched.setattr(fitting, "STAGES_S", 0.1)
-        patched.setattr(fitting, "CACHES_S", 0.1)
-        patched.setattr(choosing, "LATENCY_S", 0.05)
-        patched.setattr(choosing, "shares", lambda costs, weight_flops: flop_shares(costs))
-        patched.setattr(choosing, "_never_slower", lambda plan, latency: plan)
         yield
 
 
 @pytest.fixture(scope="module")
 def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return Wide().eval()
+    return wide(channels=1, cells=2)
 
 
 def streams() -> dict[str, Any]:
-    return {
-        "stream": list(images(300, 0).split(100)),
-        "certify": list(images(600, 1).split(100)),
-        "tolerance": TOLERANCE,
-        "progress": False,
-    }
+    return traffic(images(300, 0).split(100), images(600, 1).split(100))
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_published import images, labelled_batches, make_costs, make_records, quicken, slow_outcome, toy
 from torch import Tensor, nn
+from toys import images, labelled_batches, make_costs, make_records, slow_outcome, toy, traffic
 
 from offramp.caches import CacheShape, LearnedCache
 from offramp.choosing import Learned, choose
@@ -28,19 +27,14 @@ from offramp.splitting import split
 from offramp.streams import Batch
 
 METHOD = BranchyNet(depths=(0.0, 0.9), convolutions=(2, 1), epochs=12, learning_rate=1e-2)
-TRAFFIC: dict[str, Any] = {"certify": labelled_batches(500, 1), "tolerance": 0.05, "progress": False}
+TRAFFIC = traffic(labelled_batches(300, 0), labelled_batches(500, 1))
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
-def learned() -> Iterator[Learned]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        quicken(monkeypatch)
-        yield learn(toy(), labelled_batches(300, 0), method=METHOD, **TRAFFIC)
+def learned(quick: None) -> Learned:
+    return learn(toy(), method=METHOD, **TRAFFIC)
 
 
 def shifted_batches() -> list[tuple[Tensor, Tensor]]:
@@ -97,7 +91,7 @@ def test_branches_learn_the_labels_and_not_the_answers(monkeypatch: pytest.Monke
     """Labels that contradict the backbone everywhere. Augmented copies, of which it answers some, have none."""
     monkeypatch.setattr("offramp.recording.ASKED_ROWS", 600)
     method = dataclasses.replace(METHOD, depths=(0.0,), convolutions=(1,))
-    learned = learn(toy(), shifted_batches(), method=method, **TRAFFIC)
+    learned = learn(toy(), method=method, **TRAFFIC | {"stream": shifted_batches()})
     recording, rows = learned.candidates.recording, learned.candidates.recording.index(TUNE)
     assert recording.counts()["augmented_copies"] == 600
     assert learned.trained[0].log.steps == method.epochs * 300 // 64
@@ -132,7 +126,7 @@ def test_as_many_convolutions_as_depths() -> None:
 def test_fit_by_name_certifies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branchynet, "Recipe", lambda **given: Recipe(**given | {"rows": 640}))
     backbone = toy()
-    cached = fit(backbone, labelled_batches(300, 0), method="branchynet", **TRAFFIC)
+    cached = fit(backbone, method="branchynet", **TRAFFIC)
     assert cached.report()["fit"]["method"] == "branchynet"
     assert cached.certificate.bound <= 0.05
     assert cached.certificate.procedure.startswith("fixed-sequence")
@@ -151,14 +145,14 @@ def test_without_labels_it_is_refused_before_anything_runs(monkeypatch: pytest.M
     monkeypatch.setattr("offramp.fitting.split", lambda *_: pytest.fail("the backbone was split"))
     unlabelled = list(images(300, 0).split(100))
     with pytest.raises(InputError, match="'branchynet' trains on labels, and the stream has none"):
-        fit(toy(), unlabelled, method="branchynet", **TRAFFIC)
+        fit(toy(), method="branchynet", **TRAFFIC | {"stream": unlabelled})
 
 
 def test_labels_in_one_of_two_streams_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offramp.fitting.split", lambda *_: pytest.fail("the backbone was split"))
     unlabelled = list(images(500, 1).split(100))
     with pytest.raises(InputError, match="the certification stream has none"):
-        fit(toy(), labelled_batches(300, 0), method="branchynet", **TRAFFIC | {"certify": unlabelled})
+        fit(toy(), method="branchynet", **TRAFFIC | {"certify": unlabelled})
 
 
 # --- joint fine-tuning --------------------------------------------------------------------------------
@@ -260,7 +254,7 @@ def test_gradients_are_not_rounded_to_half_precision() -> None:
 
 def test_a_fine_tuned_copy_can_be_fitted() -> None:
     tuned = finetune_jointly(toy(), labelled_batches(300, 0), METHOD, epochs=1, progress=False)
-    cached = fit(tuned, labelled_batches(300, 0), method=dataclasses.replace(METHOD, rule="published"), **TRAFFIC)
+    cached = fit(tuned, method=dataclasses.replace(METHOD, rule="published"), **TRAFFIC)
     fresh = images(50, 7)
     assert cached(fresh).shape == tuned(fresh).shape
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_published import images, labelled_batches, make_costs, make_records, quicken, toy
+from toys import TOLERANCE, images, labelled_batches, make_costs, make_records, toy, traffic
 
 import offramp
 from offramp.choosing import Learned, choose
@@ -17,28 +17,14 @@ from offramp.methods import METHODS, method_named
 from offramp.report.wording import promise
 from offramp.types import Records
 
-TOLERANCE = 0.05
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def learned(request: pytest.FixtureRequest) -> Learned:
+def learned(quick: None, request: pytest.FixtureRequest) -> Learned:
     """Each method after its own training, with labels in the stream for those that need them."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        quicken(monkeypatch)
-        return learn(
-            toy(),
-            labelled_batches(300, 0),
-            certify=labelled_batches(500, 1),
-            tolerance=TOLERANCE,
-            method=request.param,
-            time_budget_s=20,
-            progress=False,
-        )
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+    streams = traffic(labelled_batches(300, 0), labelled_batches(500, 1))
+    return learn(toy(), method=request.param, time_budget_s=60, **streams)
 
 
 def test_names_are_those_of_the_registry_and_sources_are_given() -> None:

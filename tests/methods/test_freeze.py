@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import TOLERANCE, slow_threshold, traffic, wide
 
-from offramp import choosing, fitting
 from offramp.artifact import load, save
 from offramp.caches.nearest import CLASS_LEVEL, NEVER, ClassThresholds, NearestCache
 from offramp.candidates import Candidates
 from offramp.choosing import Learned, choose
-from offramp.cost import flop_shares
 from offramp.distillation import Stop
 from offramp.errors import InputError
 from offramp.fitting import fit, learn
@@ -29,23 +27,10 @@ from offramp.placement import OFF, CacheCosts
 from offramp.recording import TUNE
 from offramp.types import FloatArray, Records
 
-CLASSES, TOLERANCE = 4, 0.05
+CLASSES = 4
 NO_COSTS = CacheCosts(np.zeros(2), np.zeros(2))
 
-
-class Wide(nn.Module):
-    """Easy to imitate and dear: the answer is the brightest of four channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(4, 24, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(24, 24, 3, padding=1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.stem(x))
-        for block in self.blocks:
-            y = torch.relu(block(y))
-        return 20 * x.mean((2, 3)) + 1e-3 * y.mean((1, 2, 3))[:, None]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def images(count: int, seed: int) -> Tensor:
@@ -53,36 +38,17 @@ def images(count: int, seed: int) -> Tensor:
     return torch.randn(count, 4, 10, 10, generator=random) + torch.randn(count, 4, 1, 1, generator=random)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """No copies, short measurements, and costs that do not depend on them: the code, not the saving."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("offramp.recording.ASKED_ROWS", 0)
-        patched.setattr(fitting, "STAGES_S", 0.1)
-        patched.setattr(fitting, "CACHES_S", 0.1)
-        patched.setattr(choosing, "LATENCY_S", 0.05)
-        patched.setattr(choosing, "shares", lambda costs, weight_flops: flop_shares(costs))
-        patched.setattr(choosing, "_never_slower", lambda plan, latency: plan)
-        yield
-
-
 @pytest.fixture(scope="module")
 def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return Wide().eval()
+    return wide(channels=CLASSES, cells=1)
 
 
 def streams() -> dict[str, Any]:
-    return {
-        "stream": list(images(500, 0).split(100)),
-        "certify": list(images(600, 1).split(100)),
-        "tolerance": TOLERANCE,
-        "progress": False,
-    }
+    return traffic(images(500, 0).split(100), images(600, 1).split(100))
 
 
 @pytest.fixture(scope="module")
-def learned(backbone: nn.Module, quick: None) -> Learned:
+def learned(quick: None, backbone: nn.Module) -> Learned:
     return learn(backbone, **streams(), method="freeze")
 
 
@@ -116,15 +82,6 @@ def said(seed: int, rows: int = 400, *, ties: bool = False) -> Records:
     answer = np.minimum(random.geometric(0.6, (rows, 2)) - 1, CLASSES - 1)  # the last is rare
     agreement = random.random((rows, 2)) < 0.6 + 0.4 * confidence - 0.1 * (answer == 1)
     return Records(confidence, answer, agreement, np.zeros(rows, int), (-1, -1))
-
-
-def slow_threshold(scores: list[float], agrees: list[bool], tolerance: float) -> float:
-    """Try every score that occurs, from the smallest."""
-    for threshold in sorted(set(scores)):
-        hits = [agreed for score, agreed in zip(scores, agrees, strict=True) if score >= threshold]
-        if hits.count(False) / len(hits) <= tolerance:
-            return threshold
-    return OFF
 
 
 def slow_column(records: Records, k: int, answer: int | None = None) -> tuple[list[float], list[bool]]:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_published import (
-    images,
-    make_costs,
-    make_records,
-    quicken,
-    slow_cheapest,
-    slow_outcome,
-    slow_threshold,
-    toy,
-)
+from toys import images, make_costs, make_records, slow_cheapest, slow_outcome, slow_threshold, toy, traffic
 
 import offramp
 from offramp.caches import LearnedCache
@@ -33,19 +23,14 @@ from offramp.placement import OFF
 from offramp.recording import TUNE
 
 METHOD = Gati(hidden=32, pooled=64, epochs=10, learning_rate=1e-2)
-TRAFFIC = {"certify": list(images(500, 1).split(100)), "tolerance": 0.05, "progress": False}
+TRAFFIC = traffic(images(300, 0).split(100), images(500, 1).split(100))
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
-def learned() -> Iterator[Learned]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        quicken(monkeypatch)
-        yield learn(toy(), list(images(300, 0).split(100)), method=METHOD, **TRAFFIC)  # type: ignore[arg-type]
+def learned(quick: None) -> Learned:
+    return learn(toy(), method=METHOD, **TRAFFIC)
 
 
 # --- the rule -----------------------------------------------------------------------------------------
@@ -153,7 +138,7 @@ def test_a_memory_limit_below_nothing_is_refused() -> None:
 def test_fit_by_name_certifies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gati, "_recipe", lambda self, candidates: Recipe(640, 64, alpha=0.5, temperature=6.0))
     backbone = toy()
-    cached = fit(backbone, list(images(300, 0).split(100)), method="gati", **TRAFFIC)  # type: ignore[arg-type]
+    cached = fit(backbone, method="gati", **TRAFFIC)
     assert cached.report()["fit"]["method"] == "gati"
     assert cached.certificate.bound <= 0.05
     assert cached.certificate.procedure.startswith("fixed-sequence")

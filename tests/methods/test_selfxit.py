@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from test_published import images, make_costs, make_records, quicken, slow_cheapest, slow_outcome, slow_threshold, toy
 from torch import Tensor
+from toys import images, make_costs, make_records, slow_cheapest, slow_outcome, slow_threshold, toy, traffic
 
 from offramp.caches import CacheShape, LearnedCache, Reduction
 from offramp.candidates import Candidates
@@ -23,17 +23,15 @@ from offramp.placement import OFF
 from offramp.recording import TUNE
 
 METHOD = SelfXit(trials=3, trial_epochs=2, epochs=8, learning_rate=1e-2)
-TRAFFIC = {"certify": list(images(500, 1).split(100)), "tolerance": 0.05, "progress": False}
+TRAFFIC = traffic(images(300, 0).split(100), images(500, 1).split(100))
+NARROW = (32, 64)
 
-
-def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
-    monkeypatch.setattr(selfxit, "WIDTHS", (32, 64))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicker(monkeypatch)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfxit, "WIDTHS", NARROW)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def rounds() -> list[tuple[str, list[LearnedCache], Recipe]]:
 
 
 @pytest.fixture(scope="module")
-def learned(rounds: list[tuple[str, list[LearnedCache], Recipe]]) -> Iterator[Learned]:
+def learned(quick: None, rounds: list[tuple[str, list[LearnedCache], Recipe]]) -> Iterator[Learned]:
     inner = Candidates.train_round
 
     def noted(
@@ -58,9 +56,9 @@ def learned(rounds: list[tuple[str, list[LearnedCache], Recipe]]) -> Iterator[Le
         rounds.append((name, copy.deepcopy(list(caches)), recipe(caches[0])))
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        quicker(monkeypatch)
+        monkeypatch.setattr(selfxit, "WIDTHS", NARROW)
         monkeypatch.setattr(Candidates, "train_round", noted)
-        yield learn(toy(), list(images(300, 0).split(100)), method=METHOD, **TRAFFIC)  # type: ignore[arg-type]
+        yield learn(toy(), method=METHOD, **TRAFFIC)
 
 
 # --- the rule -----------------------------------------------------------------------------------------
@@ -212,7 +210,7 @@ def test_exits_are_calibrated_and_answer_as_before(
 def test_fit_by_name_certifies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SelfXit, "_recipe", lambda self, candidates, epochs: Recipe(640, 64, temperature=1.0))
     backbone = toy()
-    cached = fit(backbone, list(images(300, 0).split(100)), method="selfxit", **TRAFFIC)  # type: ignore[arg-type]
+    cached = fit(backbone, method="selfxit", **TRAFFIC)
     assert cached.report()["fit"]["method"] == "selfxit"
     assert cached.certificate.bound <= 0.05
     assert cached.certificate.procedure.startswith("fixed-sequence")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from offramp.bench import table
 from offramp.bench.results import DONE, FAILED, Line
-from offramp.report import charts, page
+from offramp.report import charts, markup
 
 ROW, LABEL, LETTER = 24, 17, 8  # pixels: height per row of a chart and per label in one, width of a letter
 PLOT_WIDTH = 800  # pixels, about
@@ -43,11 +42,11 @@ class Mark:
 
     @property
     def label(self) -> str:
-        return charts._escape(f"{self.method}, {self.rule}")
+        return markup.escape(f"{self.method}, {self.rule}")
 
     @property
     def row(self) -> str:
-        return charts._escape(f"{self.method}, {self.rule}, {table.level(self.tolerance)}")
+        return markup.escape(f"{self.method}, {self.rule}, {table.level(self.tolerance)}")
 
     @property
     def symbol(self) -> str:
@@ -57,16 +56,13 @@ class Mark:
 def html(lines: Sequence[Line]) -> str:
     """The whole page. Raises MissingExtraError when plotly is not installed."""
     plotly = charts.plotly()
-    style = resources.files("offramp.report").joinpath("style.css").read_text(encoding="utf-8")
     models = list(dict.fromkeys(line["model"] for line in lines))
     body = "".join(_model(model, [line for line in lines if line["model"] == model]) for model in models)
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n<link rel='icon' href='data:,'>\n"
-        f"<title>offramp: benchmark</title>\n<style>\n{style}</style>\n"
-        f"<script>{plotly.offline.get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n"
-        f"{_header(lines, models)}{body}{_numbers(lines)}"
-        f"{page._footer(lines[0] if lines else {})}</main>\n</body>\n</html>\n"
+    return markup.frame(
+        "offramp: benchmark",
+        f"{_header(lines, models)}{body}{_numbers(lines)}",
+        script=plotly.offline.get_plotlyjs(),
+        version=lines[0].get("offramp", "") if lines else "",
     )
 
 
@@ -115,7 +111,7 @@ def _header(lines: Sequence[Line], models: Sequence[str]) -> str:
     advice = f"<p class='advice'>{failed} of {len(lines)} cells failed; the table says why.</p>" if failed else ""
     return (
         "<header><div class='brand'><b>offramp</b> benchmark</div>"
-        f"<h1>{page._escape(words)}</h1><p class='lead'>All caches of a model were learned from one recording, and "
+        f"<h1>{markup.escape(words)}</h1><p class='lead'>All caches of a model were learned from one recording, and "
         "evaluated on inputs that nothing was learned, tuned or certified on. Marks are means over seeds: full ones "
         f"with certified thresholds, open ones with the method's published rule.</p>{advice}</header>\n"
     )
@@ -128,22 +124,22 @@ def _model(model: str, lines: Sequence[Line]) -> str:
     parts = []
     for tolerance in dict.fromkeys(mark.tolerance for mark in marks):
         chart = saving_chart([mark for mark in marks if mark.tolerance == tolerance], tolerance)
-        parts.append(f"<h3>Tolerance {table.level(tolerance)}</h3>{page._draw(chart)}")
+        parts.append(f"<h3>Tolerance {table.level(tolerance)}</h3>{charts.draw(chart)}")
     note = (
         "FLOPs saved, caches included, against the share of answers that differ. A dash above a mark is its oracle: "
         "each request leaves at the first of its caches that agrees. Left of the dotted line is within the tolerance."
     )
-    saving = page._section(f"{model}: saving and disagreement", note, "".join(parts))
+    saving = markup.section(f"{model}: saving and disagreement", note, "".join(parts))
     note = "Median to 95th percentile of the time of a call, over the full model's; the dot is the mean."
-    time = page._section(f"{model}: time of a call", note, page._draw(latency_chart(marks)))
+    time = markup.section(f"{model}: time of a call", note, charts.draw(latency_chart(marks)))
     note = "FLOPs saved on the inputs of each class, by the full model's answer."
-    return saving + time + page._section(f"{model}: saving per class", note, page._draw(class_chart(marks)))
+    return saving + time + markup.section(f"{model}: saving per class", note, charts.draw(class_chart(marks)))
 
 
 def _numbers(lines: Sequence[Line]) -> str:
     head, rows = table.rows(lines)
-    body = page._table(head, [[page._escape(cell) for cell in row] for row in rows])
-    return page._section("In numbers", "Time: cached over full model. Kept: by the whole interval, else open.", body)
+    body = markup.table(head, [[markup.escape(cell) for cell in row] for row in rows])
+    return markup.section("In numbers", "Time: cached over full model. Kept: by the whole interval, else open.", body)
 
 
 # -- the charts ------------------------------------------------------------------------------------
@@ -153,7 +149,7 @@ def saving_chart(marks: Sequence[Mark], tolerance: float) -> Any:
     """Saving against disagreement: a mark per method and rule, above it its oracle."""
     height = 300 + LABEL * len(marks)
     low, high = min(0.0, *(100 * mark.saved for mark in marks)) - 4, 104.0
-    figure = charts._figure(height)
+    figure = charts.new_figure(height)
     for mark in marks:
         x, y, top = 100 * mark.disagreement, 100 * mark.saved, 100 * mark.oracle
         figure.add_scatter(
@@ -179,9 +175,9 @@ def saving_chart(marks: Sequence[Mark], tolerance: float) -> Any:
     unit = (high - low) / (height - 66)  # percent per pixel: 66 pixels are the margins above and below
     for mark, y in _label_places(marks, width / PLOT_WIDTH, unit):
         place = 100 * mark.disagreement, 100 * mark.saved
-        charts._label(figure, charts._escape(mark.method), *place, shift=y - place[1], offset=(10, 0))
+        charts.add_label(figure, markup.escape(mark.method), *place, shift=y - place[1], offset=(10, 0))
     figure.add_vline(x=100 * tolerance, line={"color": charts.LIMIT, "width": 1.5, "dash": "dot"})
-    charts._label(figure, f"tolerance {table.level(tolerance)}", 100 * tolerance, high, anchor=("left", "top"))
+    charts.add_label(figure, f"tolerance {table.level(tolerance)}", 100 * tolerance, high, anchor=("left", "top"))
     figure.update_xaxes(title="answers that differ from the full model's, %", range=[-0.03 * width, width])
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(title="FLOPs saved, %", range=[low, high], tickvals=[0, 25, 50, 75, 100])
@@ -205,7 +201,7 @@ def _label_places(marks: Sequence[Mark], unit_x: float, unit_y: float) -> Iterat
 
 def latency_chart(marks: Sequence[Mark]) -> Any:
     """A bar from the median to the 95th percentile of the time ratio per mark, with its mean."""
-    figure = charts._figure(110 + ROW * len(marks))
+    figure = charts.new_figure(110 + ROW * len(marks))
     for mark in marks:
         figure.add_scatter(
             x=[mark.p50, mark.p95],
@@ -234,7 +230,7 @@ def class_chart(marks: Sequence[Mark]) -> Any:
     numbers = sorted({number for mark in marks for number in mark.classes})
     saved = [[mark.classes[number][1] if number in mark.classes else None for number in numbers] for mark in marks]
     zero = -DEAREST / (1 - DEAREST)
-    figure = charts._figure(110 + ROW * len(marks))
+    figure = charts.new_figure(110 + ROW * len(marks))
     figure.add_heatmap(
         x=[str(number) for number in numbers],
         y=[mark.row for mark in marks],

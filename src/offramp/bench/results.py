@@ -11,6 +11,7 @@ from typing import Any
 
 from offramp.bench.suite import Cell
 from offramp.errors import StorageError
+from offramp.report.files import write_text
 from offramp.types import version
 
 Line = Mapping[str, Any]
@@ -57,9 +58,7 @@ class Results:
 def write(path: Path, text: str) -> None:
     """The text as a whole file; a reader never sees half of it."""
     with storing(path):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
 
 
 @contextmanager

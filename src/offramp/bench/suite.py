@@ -20,9 +20,9 @@ from typing import Any
 from offramp.calibration import check_levels
 from offramp.errors import InputError
 from offramp.methods import METHODS, Method, method_named
+from offramp.methods.base import RULES, Rule
 from offramp.types import version
 
-RULES = ("certificate", "published")
 READING = {"batch_size": int, "column": str, "transform": str, "size": int, "tokenizer": str, "max_length": int}
 SOURCE_KEYS = ("source", "rows", "limit")
 MODEL_KEYS = ("name", "model", "data", "certify", "evaluate", *READING)
@@ -67,7 +67,7 @@ class Cell:
     model: ModelEntry
     seed: int | None = None
     method: MethodEntry | None = None
-    rule: str | None = None
+    rule: Rule | None = None
     tolerance: float | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Cell:
 class Suite:
     models: tuple[ModelEntry, ...]
     methods: tuple[MethodEntry, ...]
-    rules: tuple[str, ...] = ("certificate",)
+    rules: tuple[Rule, ...] = ("certificate",)
     tolerances: tuple[float, ...] = (0.01,)
     confidence_level: float = 0.95
     batch_sizes: tuple[int, ...] = (1, 32)
@@ -116,7 +116,7 @@ class Suite:
         model: ModelEntry,
         seed: int | None = None,
         method: MethodEntry | None = None,
-        rule: str | None = None,
+        rule: Rule | None = None,
         tolerance: float | None = None,
     ) -> Cell:
         what = [FULL_MODEL] if method is None else [f"seed {seed}", method.label, str(rule), str(tolerance)]
@@ -306,7 +306,7 @@ def _known(name: str) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
-def _rules(document: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _rules(document: Mapping[str, Any], name: str) -> tuple[Rule, ...]:
     for rule in (rules := _list(document, name)):
         if rule not in RULES:
             raise InputError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -18,7 +18,8 @@ class Cache(nn.Module):
     later cache reads. Every kind also says which confidences suit its scores.
     """
 
-    kind: str  # as in descriptions
+    kind: ClassVar[str]  # as in descriptions
+    suits_selector: ClassVar[bool] = True  # whether a fitted `Selector` may decide, beside `confidences()`
 
     def __init__(self, name: str, point: str, reduction: Reduction, reads: str | None = None) -> None:
         super().__init__()

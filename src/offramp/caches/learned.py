@@ -91,7 +91,6 @@ class LearnedCache(Cache):
         self.folded = False
 
     def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
-        """The same from an activation that is already reduced, as recordings hold it."""
         if self.vocabulary:
             feature = feature.long().clamp(max=self.vocabulary - 1)  # above: ids that training never met
         else:

@@ -307,6 +307,7 @@ class KeyCache(Cache):
     """
 
     kind = "key"
+    suits_selector = False  # it would be sure of keys that were never seen
 
     key_S: Tensor  # (S,) int64, rising
     answer_S: Tensor  # (S,) int32

@@ -71,17 +71,15 @@ class ApproximateKey(Method):
         if self.behind is not None:
             self.behind.learn(candidates, tolerance)
         others = list(candidates.trained)
-        rows, chosen = candidates.train_rows, candidates.confidence
+        rows = candidates.train_rows
         rows = rows[candidates.recording.copy_N[rows] == 0]  # agreement is counted as in traffic, not among copies
         answer_N = candidates.task.answer(torch.from_numpy(candidates.recording.logits_NC[rows])).numpy()
-        candidates.confidence = "agreement"  # a fitted score would be sure of keys that were never seen
         for cache in self._caches(candidates.split.points[0], candidates.classes):
             if candidates.stop.requested:
                 break
             started = time.monotonic()
             cache.fill(candidates.recording.features[0], rows, answer_N, self.max_bytes)
             candidates.add(cache.to(candidates.split.device), TrainingLog(0, time.monotonic() - started, math.nan))
-        candidates.confidence = chosen
         candidates.trained = candidates.trained[len(others) :] + others  # a request meets the tables first
 
     def thresholds(self, records: Records, costs: CacheCosts, tolerance: float) -> Thresholds:

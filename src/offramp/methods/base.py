@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from offramp.candidates import Candidates
 from offramp.errors import InputError
 from offramp.placement import CacheCosts, Thresholds
 from offramp.types import Records
+
+Rule = Literal["certificate", "published"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,11 @@ class Method(ABC):
     needs_labels: ClassVar[bool] = False
     may_be_zero: ClassVar[tuple[str, ...]] = ()  # hyper-parameters; other numbers are positive
 
-    rule: Literal["certificate", "published"] = "certificate"
+    rule: Rule = "certificate"
 
     def __post_init__(self) -> None:
-        if self.rule not in ("certificate", "published"):
-            raise InputError(f"unknown rule {self.rule!r} for method {self.name}; known: certificate, published")
+        if self.rule not in RULES:
+            raise InputError(f"unknown rule {self.rule!r} for method {self.name}; known: {', '.join(RULES)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -64,17 +64,8 @@ class Freeze(Method):
 
     def shape(self) -> StoreShape:
         """The form of every store."""
-        return StoreShape(
-            store=self.store,
-            feature=self.feature,
-            score=self.confidence,
-            neighbours=self.neighbours,
-            points=self.points,
-            centroids=self.centroids,
-            width=self.width,
-            whiten=self.whiten,
-            max_bytes=self.max_bytes,
-        )
+        same = [field.name for field in dataclasses.fields(StoreShape) if field.name != "score"]
+        return StoreShape(score=self.confidence, **{name: getattr(self, name) for name in same})
 
     def learn(self, candidates: Candidates, tolerance: float) -> None:
         """Ends early, with the stores that there are, when the user stops it or the time is up."""

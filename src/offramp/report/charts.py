@@ -6,12 +6,12 @@ figure works in light and in dark mode; only the data colours are set here, chos
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 from offramp.errors import MissingExtraError
+from offramp.report.markup import escape
 from offramp.report.wording import Document, count, level, percent, percent_up
 
 CACHE = "#0d9488"
@@ -38,6 +38,45 @@ def plotly() -> Any:
     return plotly
 
 
+def new_figure(height: int) -> Any:
+    """An empty figure in the style of the page; height: in pixels."""
+    figure = plotly().graph_objects.Figure()
+    _style(figure, height)
+    return figure
+
+
+def add_label(
+    figure: Any,
+    text: str,
+    x: float,
+    y: float,
+    *,
+    anchor: tuple[str, str] = ("left", "middle"),
+    shift: float = 0.0,
+    offset: tuple[float, float] = (8, 0),
+) -> None:
+    """Write a text (HTML) beside the point (x, y). anchor: the part of the text that is there; shift: upwards, in units
+    of y; offset: in pixels, to the right where the text begins at the point, and upwards."""
+    shift_x = offset[0] if anchor[0] == "left" else 0
+    figure.add_annotation(
+        x=x,
+        y=y + shift,
+        text=text,
+        showarrow=False,
+        xanchor=anchor[0],
+        yanchor=anchor[1],
+        xshift=shift_x,
+        yshift=offset[1],
+    )
+
+
+def draw(figure: Any) -> str:
+    """The figure as HTML for a page that has plotly."""
+    options = {"displayModeBar": False, "responsive": True}
+    fragment = plotly().io.to_html(figure, include_plotlyjs=False, full_html=False, config=options)
+    return str(fragment)
+
+
 def leaving_chart(document: Document) -> Any:
     """Share of requests still running, along the depth of the network; each drop is a cache that answers."""
     depth_of = {point["name"]: 100 * point["depth"] for point in document.get("points", ())}
@@ -46,7 +85,7 @@ def leaving_chart(document: Document) -> Any:
     left = [100 - 100 * gone for gone in accumulate(leaf["share"] for leaf in leaves)]
     before = [100.0, *left[:-1]]
 
-    figure = _figure(height=380)
+    figure = new_figure(height=380)
     outline_x = [0.0, *(x for depth in depths for x in (depth, depth)), 100.0]
     outline_y = [100.0, *(y for pair in zip(before, left, strict=True) for y in pair), left[-1]]
     figure.add_scatter(
@@ -69,10 +108,10 @@ def leaving_chart(document: Document) -> Any:
     shown = [row for row in zip(leaves, depths, middles, strict=True) if row[0]["share"] >= LEAST_LABELLED]
     heights = _spread([middle for _leaf, _depth, middle in shown], 8)
     for (leaf, depth, middle), y in zip(shown, heights, strict=True):
-        text = f"<b>{percent(leaf['share'])}</b> {_escape(leaf['name'])}"
-        _label(figure, text, depth, middle, shift=(y - middle))
+        text = f"<b>{percent(leaf['share'])}</b> {escape(leaf['name'])}"
+        add_label(figure, text, depth, middle, shift=(y - middle))
     last = document["leaves"][-1]
-    _label(figure, f"<b>{percent(last['share'])}</b> full model", 100, left[-1] / 2)
+    add_label(figure, f"<b>{percent(last['share'])}</b> full model", 100, left[-1] / 2)
     figure.update_xaxes(title="depth in the network, % of the full model's FLOPs", range=[-1, 100.6], showgrid=False)
     figure.update_yaxes(title="requests still running, %", range=[0, 103], tickvals=[0, 25, 50, 75, 100])
     figure.update_layout(margin={"r": 150})
@@ -82,7 +121,7 @@ def leaving_chart(document: Document) -> Any:
 def cost_chart(document: Document) -> Any:
     """Cost of each request in units of the full model, cheapest first: the area is the mean cost."""
     leaves = sorted(document["leaves"], key=lambda leaf: float(leaf["cost"]))
-    figure = _figure(height=380)
+    figure = new_figure(height=380)
     start = 0.0
     for leaf in leaves:
         width, height = 100 * leaf["share"], 100 * leaf["cost"]
@@ -95,11 +134,11 @@ def cost_chart(document: Document) -> Any:
             offset=0,
             marker={"color": colour, "line": {"width": 0}},
             opacity=0.75,
-            hovertext=f"{_escape(name)}: {percent(leaf['share'], 1)} of requests",
+            hovertext=f"{escape(name)}: {percent(leaf['share'], 1)} of requests",
             hoverinfo="text",
         )
         if width >= 7:
-            _label(figure, f"<b>{percent(leaf['cost'])}</b>", start + width / 2, height, anchor=("center", "bottom"))
+            add_label(figure, f"<b>{percent(leaf['cost'])}</b>", start + width / 2, height, anchor=("center", "bottom"))
         start += width
     mean = sum(leaf["share"] * leaf["cost"] for leaf in leaves) / max(sum(leaf["share"] for leaf in leaves), 1e-9)
     _rule(figure, y=100, text="full model: 100 %", colour=BACKBONE)
@@ -116,7 +155,7 @@ def path_chart(document: Document) -> Any:
     path = document["path"]
     certificate = document["certificate"]
     tolerance = 100 * certificate["tolerance"]
-    figure = _figure(height=420)
+    figure = new_figure(height=420)
     xs, ys = [100 * step["disagreement"] for step in path], [100 * (1 - step["cost"]) for step in path]
     figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": BACKBONE, "width": 1.5}, hoverinfo="skip")
     tested = _tested(path)
@@ -134,7 +173,7 @@ def path_chart(document: Document) -> Any:
         if step.get("chosen"):
             _mark_chosen(figure, step, width)
     figure.add_vline(x=tolerance, line={"color": LIMIT, "width": 1.5, "dash": "dot"})
-    _label(figure, f"tolerance {level(certificate['tolerance'])}", tolerance, 0, anchor=("left", "bottom"))
+    add_label(figure, f"tolerance {level(certificate['tolerance'])}", tolerance, 0, anchor=("left", "bottom"))
     if document.get("oracle_cost") is not None:
         _rule(figure, y=100 * (1 - document["oracle_cost"]), text="the oracle", colour=BACKBONE)
     figure.update_xaxes(title="disagreement, %: on the tuning inputs (dots), certified bound (right edge of the band)")
@@ -148,7 +187,7 @@ def reliability_chart(caches: Sequence[Mapping[str, Any]]) -> Any:
     """One small panel per cache: how often it agreed, against how confident it was."""
     columns = min(len(caches), 4)
     rows = -(-len(caches) // columns)
-    titles = [f"<b>{_escape(cache['name'])}</b>" for cache in caches]
+    titles = [f"<b>{escape(cache['name'])}</b>" for cache in caches]
     figure = plotly().subplots.make_subplots(
         rows=rows,
         cols=columns,
@@ -276,38 +315,9 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def _label(
-    figure: Any,
-    text: str,
-    x: float,
-    y: float,
-    *,
-    anchor: tuple[str, str] = ("left", "middle"),
-    shift: float = 0.0,
-    offset: tuple[float, float] = (8, 0),
-) -> None:
-    shift_x = offset[0] if anchor[0] == "left" else 0
-    figure.add_annotation(
-        x=x,
-        y=y + shift,
-        text=text,
-        showarrow=False,
-        xanchor=anchor[0],
-        yanchor=anchor[1],
-        xshift=shift_x,
-        yshift=offset[1],
-    )
-
-
 def _rule(figure: Any, *, y: float, text: str, colour: str) -> None:
     figure.add_hline(y=y, line={"color": colour, "width": 1.5, "dash": "dot"})
     figure.add_annotation(x=1, y=y, xref="paper", text=text, showarrow=False, xanchor="left", xshift=6)
-
-
-def _figure(height: int) -> Any:
-    figure = plotly().graph_objects.Figure()
-    _style(figure, height)
-    return figure
 
 
 def _style(figure: Any, height: int) -> None:
@@ -324,7 +334,3 @@ def _style(figure: Any, height: int) -> None:
     )
     figure.update_xaxes(zeroline=False, showline=False, ticks="", automargin=True, fixedrange=True)
     figure.update_yaxes(zeroline=False, showline=False, ticks="", automargin=True, fixedrange=True)
-
-
-def _escape(text: object) -> str:
-    return html.escape(str(text))

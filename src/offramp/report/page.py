@@ -1,20 +1,19 @@
 """The report as one HTML page that needs nothing else: style, figures and plotly itself are inside.
 
-Every text that comes from the document passes `_escape`; sections whose data the document lacks are left out.
+Every text that comes from the document passes `markup.escape`; sections whose data the document lacks are left out.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from importlib import resources
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from offramp.errors import StorageError
 from offramp.report import charts, wording
+from offramp.report.files import write_text
+from offramp.report.markup import bar, code, escape, fact_list, frame, section, table
 from offramp.report.wording import Document, count, duration, level, milliseconds, percent, percent_up, quantity
 
 PANELS = 8  # caches whose reliability is drawn
@@ -34,16 +33,9 @@ def html(document: Document) -> str:
         _certificate(document),
         _facts(document),
     ]
-    style = resources.files("offramp.report").joinpath("style.css").read_text(encoding="utf-8")
-    title = _escape(f"offramp: {document.get('backbone', {}).get('name', 'report')}")
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        "<link rel='icon' href='data:,'>\n"
-        f"<title>{title}</title>\n<style>\n{style}</style>\n"
-        f"<script>{plotly.offline.get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n"
-        f"{''.join(sections)}{_footer(document)}</main>\n</body>\n</html>\n"
-    )
+    name = document.get("backbone", {}).get("name", "report")
+    script = plotly.offline.get_plotlyjs()
+    return frame(f"offramp: {name}", "".join(sections), script=script, version=document.get("offramp", ""))
 
 
 def write_html(document: Document, path: str | os.PathLike[str]) -> Path:
@@ -51,16 +43,7 @@ def write_html(document: Document, path: str | os.PathLike[str]) -> Path:
     page = html(document)
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            os.chmod(name, 0o644)
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_text(target, page)
     except OSError as error:
         raise StorageError(f"the report could not be written to {target}: {error}") from error
     return target
@@ -68,16 +51,16 @@ def write_html(document: Document, path: str | os.PathLike[str]) -> Path:
 
 def _header(document: Document) -> str:
     backbone = document.get("backbone", {})
-    brand = f"<b>offramp</b> report on {_escape(backbone.get('name', 'the backbone'))}"
+    brand = f"<b>offramp</b> report on {escape(backbone.get('name', 'the backbone'))}"
     if document.get("created"):
-        brand += f", {_escape(str(document['created'])[:10])}"
-    parts = [f"<div class='brand'>{brand}</div><h1>{_escape(wording.headline(document))}</h1>"]
+        brand += f", {escape(str(document['created'])[:10])}"
+    parts = [f"<div class='brand'>{brand}</div><h1>{escape(wording.headline(document))}</h1>"]
     if not wording.has_caches(document):
-        parts.append(f"<p class='reason'>{_escape(wording.reason(document))}</p>")
+        parts.append(f"<p class='reason'>{escape(wording.reason(document))}</p>")
     else:
-        parts.append(f"<p class='lead'>{_escape(wording.promise(document))}</p>")
+        parts.append(f"<p class='lead'>{escape(wording.promise(document))}</p>")
     if advice := wording.advice(document):
-        parts.append(f"<p class='advice'>{_escape(advice)}</p>")
+        parts.append(f"<p class='advice'>{escape(advice)}</p>")
     return f"<header>{''.join(parts)}</header>\n"
 
 
@@ -96,7 +79,7 @@ def _tiles(document: Document) -> str:
         speed = best["full_ms"] / best["cached_ms"]
         tiles.append((f"{speed:.2f}×", f"as fast at batch {best['batch_size']}, measured"))
     boxes = "".join(
-        f"<div class='tile'><b>{_escape(value)}</b><span>{_escape(label)}</span></div>" for value, label in tiles
+        f"<div class='tile'><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles
     )
     return f"<div class='tiles'>{boxes}</div>\n"
 
@@ -105,11 +88,11 @@ def _leaving(document: Document) -> str:
     if not wording.has_caches(document) or not document.get("leaves"):
         return ""
     note = "Requests enter on the left. Each vertical line is a cache that answers some; the shaded area is work done."
-    where = _section("Where requests leave", note, _draw(charts.leaving_chart(document)))
+    where = section("Where requests leave", note, charts.draw(charts.leaving_chart(document)))
     note = (
         "The width of a block is its share of requests, its height their FLOPs, caches included; the area is the mean."
     )
-    costs = _section("What a request costs", note, _draw(charts.cost_chart(document)))
+    costs = section("What a request costs", note, charts.draw(charts.cost_chart(document)))
     return where + f"<div class='pair'>{costs}{_measured(document)}</div>\n"
 
 
@@ -120,25 +103,25 @@ def _measured(document: Document) -> str:
     ]
     leaves = [
         (
-            _escape("full model" if leaf["name"] == "backbone" else leaf["name"]),
-            _code(leaf["point"] or "end"),
+            escape("full model" if leaf["name"] == "backbone" else leaf["name"]),
+            code(leaf["point"] or "end"),
             percent(leaf["share"], 1),
             percent(leaf["cost"], 1),
         )
         for leaf in document["leaves"]
     ]
-    body = _table(("answered by", "split point", "requests>", "cost>"), leaves)
+    body = table(("answered by", "split point", "requests>", "cost>"), leaves)
     if rows:
         head = ("batch", "full model>", "cached>", "cached / full")
-        body += f"<h3>Measured time of one call</h3>{_table(head, rows)}"
-    return _section(
+        body += f"<h3>Measured time of one call</h3>{table(head, rows)}"
+    return section(
         "In numbers", "Cost: FLOPs of a request that leaves there, caches included, in percent of a full run.", body
     )
 
 
 def _ratio_bar(row: Mapping[str, Any]) -> str:
     ratio = row["cached_ms"] / row["full_ms"]
-    return f"{_bar(min(ratio, 1.0), 70, quiet=ratio >= 1)} {ratio:.2f}"
+    return f"{bar(min(ratio, 1.0), 70, quiet=ratio >= 1)} {ratio:.2f}"
 
 
 def _path(document: Document) -> str:
@@ -149,17 +132,17 @@ def _path(document: Document) -> str:
         "kept aside, until one fails: a plan passes when its bound stays left of the tolerance. "
         "The last one that passed is used. Work here is an estimate from measured time and FLOPs."
     )
-    body = _draw(charts.path_chart(document))
+    body = charts.draw(charts.path_chart(document))
     panels = [cache for cache in document.get("caches", ()) if cache.get("reliability")]
     panels = [cache for cache in panels if cache["enabled"]] or panels
-    section = _section("From safe to eager", note, body)
+    plans = section("From safe to eager", note, body)
     if not panels:
-        return section
+        return plans
     note = (
         "How often a cache agreed with the full model, by how confident it was, in bins of inputs. "
         "What matters is that agreement is near 100 % right of the threshold (dotted)."
     )
-    return section + _section("Can the caches tell?", note, _draw(charts.reliability_chart(panels[:PANELS])))
+    return plans + section("Can the caches tell?", note, charts.draw(charts.reliability_chart(panels[:PANELS])))
 
 
 def _evaluation(document: Document) -> str:
@@ -186,7 +169,7 @@ def _evaluation(document: Document) -> str:
         f"{count(evaluation['n'])} inputs that neither training, tuning nor certification has seen. "
         "The interval is exact (Clopper-Pearson)."
     )
-    return _section("On fresh inputs", note, _table(("", "cached", "full model"), rows))
+    return section("On fresh inputs", note, table(("", "cached", "full model"), rows))
 
 
 def _caches(document: Document) -> str:
@@ -200,22 +183,22 @@ def _caches(document: Document) -> str:
         "All candidates that were trained; the ones in use are marked. FLOPs in percent of the full model. "
         "AUROC: how well its confidence tells answers that agree from those that do not (1 is perfect, 0.5 is chance)."
     )
-    return _section("Caches", note, _table(head, rows, off))
+    return section("Caches", note, table(head, rows, off))
 
 
 def _cache_row(cache: Mapping[str, Any]) -> tuple[str, ...]:
-    name = f"<span class='on'>● {_escape(cache['name'])}</span>" if cache["enabled"] else f"○ {_escape(cache['name'])}"
+    name = f"<span class='on'>● {escape(cache['name'])}</span>" if cache["enabled"] else f"○ {escape(cache['name'])}"
     threshold = cache.get("threshold")
     in_use = cache["enabled"] and threshold is not None
     return (
         name,
-        _code(cache["point"]),
-        _escape(cache.get("reads") or "-"),
+        code(cache["point"]),
+        escape(cache.get("reads") or "-"),
         quantity(cache["parameters"]),
         percent(cache["flops_share"]),
-        f"{_bar(cache['agreement'], 60, quiet=not cache['enabled'])} {percent(cache['agreement'], 1)}",
+        f"{bar(cache['agreement'], 60, quiet=not cache['enabled'])} {percent(cache['agreement'], 1)}",
         _auroc(cache),
-        f"{_escape(_title(cache['confidence']))} ≥ {threshold:.3f}" if in_use else "never",
+        f"{escape(_title(cache['confidence']))} ≥ {threshold:.3f}" if in_use else "never",
     )
 
 
@@ -223,7 +206,7 @@ def _auroc(cache: Mapping[str, Any]) -> str:
     """That of the score in use; the others show when the mouse rests on it."""
     scores = {_title(name): _number(value) for name, value in (cache.get("auroc") or {}).items()}
     others = ", ".join(f"{name} {value}" for name, value in scores.items())
-    return f"<span title='{_escape(others)}'>{scores.get(_title(cache['confidence']), '-')}</span>"
+    return f"<span title='{escape(others)}'>{scores.get(_title(cache['confidence']), '-')}</span>"
 
 
 def _samples(document: Document) -> str:
@@ -233,15 +216,15 @@ def _samples(document: Document) -> str:
         return ""
     return (
         "<div class='pair'>"
-        + _section("Leave first", "Inputs that an early cache answers, most confident first.", show(samples["first"]))
-        + _section("Leave last", "Inputs that stay longest.", show(samples["last"]))
+        + section("Leave first", "Inputs that an early cache answers, most confident first.", show(samples["first"]))
+        + section("Leave last", "Inputs that stay longest.", show(samples["last"]))
         + "</div>\n"
     )
 
 
 def _images(samples: Iterable[Mapping[str, Any]]) -> str:
     figures = "".join(
-        f"<figure><img alt='' src='data:image/png;base64,{_escape(sample['image'])}'>{_caption(sample)}</figure>"
+        f"<figure><img alt='' src='data:image/png;base64,{escape(sample['image'])}'>{_caption(sample)}</figure>"
         for sample in samples
     )
     return f"<div class='samples'>{figures}</div>"
@@ -249,14 +232,14 @@ def _images(samples: Iterable[Mapping[str, Any]]) -> str:
 
 def _texts(samples: Iterable[Mapping[str, Any]]) -> str:
     return "".join(
-        f"<blockquote>{_escape(sample['text'])}<small>{_caption(sample)}</small></blockquote>" for sample in samples
+        f"<blockquote>{escape(sample['text'])}<small>{_caption(sample)}</small></blockquote>" for sample in samples
     )
 
 
 def _caption(sample: Mapping[str, Any]) -> str:
     confidence = sample.get("confidence")
     sure = "" if confidence is None else f", {percent(confidence)} sure"
-    return f"<b>{_escape(sample['answer'])}</b> at {_escape(sample['left_at'])}{sure}"
+    return f"<b>{escape(sample['answer'])}</b> at {escape(sample['left_at'])}{sure}"
 
 
 def _certificate(document: Document) -> str:
@@ -270,11 +253,11 @@ def _certificate(document: Document) -> str:
         ("Data", certificate["data_fingerprint"]),
         ("Date", certificate["created"]),
     ]
-    says = "".join(f"<li>{_escape(line)}</li>" for line in wording.CERTIFICATE_SAYS)
-    not_says = "".join(f"<li>{_escape(line)}</li>" for line in wording.CERTIFICATE_DOES_NOT_SAY)
+    says = "".join(f"<li>{escape(line)}</li>" for line in wording.CERTIFICATE_SAYS)
+    not_says = "".join(f"<li>{escape(line)}</li>" for line in wording.CERTIFICATE_DOES_NOT_SAY)
     return (
         "<section class='certificate'><h2>Certificate</h2>"
-        f"<p class='statement'>{_escape(wording.promise(document))}</p>{_facts_list(facts)}"
+        f"<p class='statement'>{escape(wording.promise(document))}</p>{fact_list(facts)}"
         f"<div class='pair'><div><h3>It says</h3><ul>{says}</ul></div>"
         f"<div><h3>It does not say</h3><ul>{not_says}</ul></div></div></section>\n"
     )
@@ -296,47 +279,7 @@ def _facts(document: Document) -> str:
         facts.append(("Time budget", duration(fit["time_budget_s"])))
     if fit.get("seed") is not None:
         facts.append(("Seed", str(fit["seed"])))
-    return _section("How it was fitted", "", _facts_list(facts)) if facts else ""
-
-
-def _footer(document: Document) -> str:
-    version = _escape(document.get("offramp", ""))
-    return f"<footer>Written by offramp {version}. This page loads nothing from the network.</footer>"
-
-
-def _draw(figure: Any) -> str:
-    options = {"displayModeBar": False, "responsive": True}
-    fragment = charts.plotly().io.to_html(figure, include_plotlyjs=False, full_html=False, config=options)
-    return str(fragment)
-
-
-def _section(title: str, note: str, body: str) -> str:
-    paragraph = f"<p class='note'>{_escape(note)}</p>" if note else ""
-    return f"<section><h2>{_escape(title)}</h2>{paragraph}{body}</section>\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], off: Sequence[bool] = ()) -> str:
-    """Cells are HTML already; a head that ends with `>` makes a column of numbers."""
-    classes = [" class='number'" if title.endswith(">") else "" for title in head]
-    top = "".join(f"<th{kind}>{_escape(title.rstrip('>'))}</th>" for kind, title in zip(classes, head, strict=True))
-    lines = []
-    for index, row in enumerate(rows):
-        cells = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(classes, row, strict=True))
-        quiet = " class='off'" if index < len(off) and off[index] else ""
-        lines.append(f"<tr{quiet}>{cells}</tr>")
-    return f"<div class='scroll'><table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-
-
-def _facts_list(facts: Iterable[tuple[str, object]]) -> str:
-    return "<dl>" + "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts) + "</dl>"
-
-
-def _bar(share: float, width: int, *, quiet: bool) -> str:
-    return f"<span class='bar{' quiet' if quiet else ''}' style='width:{max(0.0, share) * width:.0f}px'></span>"
-
-
-def _code(text: object) -> str:
-    return f"<code>{_escape(text)}</code>"
+    return section("How it was fitted", "", fact_list(facts)) if facts else ""
 
 
 def _number(value: float | None) -> str:
@@ -345,7 +288,3 @@ def _number(value: float | None) -> str:
 
 def _title(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _escape(text: object) -> str:
-    return escape(str(text), quote=True)
