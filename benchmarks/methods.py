@@ -37,7 +37,7 @@ import comparison
 import numpy as np
 import tiny_imagenet
 import torch
-from opponents import OPPONENTS, RULES, Case, Opponent, Rule
+from opponents import OPPONENTS, RULES, Case, Opponent, Rule, smaller
 from opponents.base import BATCH_SIZES, compared, measured
 from opponents.rules import Given
 from torch import nn
@@ -449,7 +449,8 @@ def run(setup: Setup, options: argparse.Namespace, book: Book, folder: Path) -> 
     for rule in RULES:
         if rule.name in options.opponents:
             bench.run_rule(rule)
-    bench.run_opponents(opponent for opponent in OPPONENTS if opponent.name in options.opponents)
+    absent = {opponent.name for opponent in smaller.OPPONENTS} if setup.smaller is None else set()
+    bench.run_opponents(one for one in OPPONENTS if one.name in options.opponents and one.name not in absent)
 
 
 @contextmanager
