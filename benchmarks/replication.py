@@ -21,6 +21,8 @@ import common
 import numpy as np
 from comparison import Row, batch_1_mean
 
+from offramp.methods.base import RULES
+
 # arXiv 2101.07344, public results of the authors' code: agreement on CIFAR-10 after each of the eight blocks.
 GATI = {
     "FC": (55.14, 60.68, 78.64, 85.34, 94.50, 99.19, 99.95, 100.0),
@@ -73,6 +75,8 @@ class Said:
 
 
 def listed(found: list[tuple[str, float, int]], *, sizes: bool) -> str:
+    if not found:
+        return "none"
     if sizes:
         return ", ".join(f"{shape} {size / 1e6:.2f} MB at {agreement:.2f} %" for shape, agreement, size in found)
     return ", ".join(f"{shape} {agreement:.2f}" for shape, agreement, _ in found)
@@ -90,7 +94,7 @@ def gati(folder: Path) -> Iterator[Replicated]:
             ", ".join(f"{kind} {values[block - 1]:.2f}" for kind, values in GATI.items()),
             f"ours: {listed(theirs.of(point), sizes=False)}; offramp: {listed(own.of(point), sizes=False)}",
             "Theirs: the checkpoint with the best agreement on the test images, another training of ResNet-18 on "
-            "lossless images, 100 epochs. Ours: pooled to 4,096 numbers, what 20 minutes allow.",
+            "lossless images, 100 epochs. Ours: pooled to 4,096 numbers, trained for as long as its fit allows.",
         )
     published = ", ".join(f"{kind} {size:g} MB at {GATI[kind][6]:.2f} %" for kind, size in GATI_MB.items())
     found = f"ours: {listed(theirs.of(BLOCK_7), sizes=True)}; offramp: {listed(own.of(BLOCK_7), sizes=True)}"
@@ -112,36 +116,46 @@ def freeze(folder: Path, rows: list[Row]) -> Iterator[Replicated]:
             if (row["name"], row["rule"]) == (name, "certificate") and "error" not in row
         ]
         what = f"answered in the first half under a certificate, by {name}"
-        yield Replicated("Freeze Inference", what, "-", ", ".join(reached), "The paper has no rule that bounds errors.")
+        yield Replicated(
+            "Freeze Inference", what, "-", ", ".join(reached) or "no row", "The paper has no rule that bounds errors."
+        )
 
 
 def selfxit(rows: list[Row]) -> Iterator[Replicated]:
     why = "Best cases of the paper, at an accuracy loss that it calls low; which model they belong to is not said."
-    yield Replicated("SelfXit", "fewer FLOPs, lower latency", "up to 58 %, 46 %", savings(rows, "selfxit"), why)
+    for rule in RULES:
+        yield Replicated(
+            "SelfXit",
+            f"savings, {rule} rule",
+            "up to 58 % of FLOPs, 46 % of latency",
+            savings(rows, "selfxit", rule),
+            why,
+        )
 
 
 def branchynet(rows: list[Row]) -> Iterator[Replicated]:
     why = "ResNet-110, 80.70 -> 79.17 % accuracy, trained jointly; here ResNet-18, the backbone stays as it is."
     published = "41.5 / 13.8 / 44.7 % per exit, 1.9 x faster"
-    yield Replicated("BranchyNet", "entropy exits", published, savings(rows, "branchynet", exits=True), why)
+    for rule in RULES:
+        found = savings(rows, "branchynet", rule, exits=True)
+        yield Replicated("BranchyNet", f"entropy exits, {rule} rule", published, found, why)
 
 
 def earlyon(rows: list[Row]) -> Iterator[Replicated]:
     why = "ResNet-50, its own 1 % target missed; here its own calibration, labels are the backbone's answers."
-    found = savings(rows, "earlyon 0.3", full=full_accuracy(rows))
+    found = savings(rows, "earlyon 0.3", None, full=full_accuracy(rows))
     yield Replicated("earlyon", "FLOPs at accuracy lost", "81.4 % at 1.7 points", found, why)
 
 
-def savings(rows: list[Row], name: str, *, exits: bool = False, full: float | None = None) -> str:
-    """Every row of this name in words."""
+def savings(rows: list[Row], name: str, rule: str | None, *, exits: bool = False, full: float | None = None) -> str:
+    """The rows of this name and rule in words. full: the backbone's accuracy, to say what was lost."""
     found = []
     for row in rows:
-        if row["name"] != name or "error" in row or row["flops_ratio"] is None:
+        if (row["name"], row["rule"]) != (name, rule) or "error" in row:
             continue
         text = (
-            f"{row['rule'] or 'its rule'} at {100 * row['tolerance']:g} %: "
-            f"{100 * (1 - row['flops_ratio']):.1f} % fewer FLOPs, {100 * (1 - batch_1_mean(row)):.1f} % lower latency, "
-            f"{100 * row['disagreement']:.2f} % differ"
+            f"at {100 * row['tolerance']:g} %: {100 * (1 - row['flops_ratio']):.1f} % fewer FLOPs, "
+            f"{100 * (1 - batch_1_mean(row)):.1f} % lower latency, {100 * row['disagreement']:.2f} % differ"
         )
         if exits:
             shares = [*row["details"]["hit_rates"].values()]

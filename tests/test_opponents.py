@@ -492,6 +492,32 @@ def test_who_is_ahead_of_ours_is_named() -> None:
     assert "nothing here is ahead" in comparison.tables([ours, worse])
 
 
+def test_published_rows_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    needs_pillow()
+    replication = load("replication")
+    (tmp_path / "records").mkdir()
+    agreement = np.zeros((10, 3), dtype=bool)
+    agreement[:6, 0] = agreement[:9, 2] = True  # 60 % after block 1, 90 % after block 7, nothing at the input
+    said = {"name": ["layers.0/fc", "input/mlp", "layers.6/fc"], "depth": [0.1, 0.0, 0.8], "bytes": [10, 20, 3_000_000]}
+    for method in ("gati", "freeze", "offramp"):
+        np.savez(
+            tmp_path / "records" / f"{method}.npz", agreement=agreement, **{k: np.array(v) for k, v in said.items()}
+        )
+    certified = compared_row("offramp", 0.01, 0.5, 0.6, hit_rates={"layers.0/fc": 0.3, "layers.6/fc": 0.2})
+    branches = compared_row("branchynet", 0.02, 0.75, 0.8, hit_rates={"a": 0.25, "b": 0.125})
+    rows = [certified | {"rule": "certificate"}, branches | {"rule": "published"}]
+    found = {(one.source, one.what): one.ours for one in replication.gati(tmp_path)}
+    assert found["GATI", "agreement after block 1, %"] == "ours: fc 60.00; offramp: fc 60.00"
+    assert "fc 3.00 MB at 90.00 %" in found["GATI", "size of a cache after block 7"]
+    frozen = [one.ours for one in replication.freeze(tmp_path, rows)]
+    assert frozen == ["freeze 60.0 %, offramp 60.0 %", "no row", "30.0 % at 1 %"]
+    assert [one.ours for one in replication.branchynet(rows)] == [
+        "no row",
+        "at 1 %: 25.0 % fewer FLOPs, 20.0 % lower latency, 2.00 % differ, exits 25.0 / 12.5 / 62.5",
+    ]
+    assert [one.ours for one in replication.earlyon(rows)] == ["no row"]
+
+
 def test_a_fit_that_fails_is_not_tried_for_every_row() -> None:
     needs_pillow()
     calls = []
