@@ -9,8 +9,9 @@ is counted twice: where its share of disagreements is above the tolerance, and w
 that the true one is. A rule that keeps a promise at 95 % confidence may break it in 5 % of the draws by the truth, so
 by the share in somewhat more, and by the test in hardly any. Draws share inputs; the intervals ignore it.
 
-Every rule is tried on whatever caches a file holds, its own method's or not. Files are those of `cifar10.py --records`,
-or of the folder `records` in a --workdir of `methods.py`. Ctrl-C ends with the draws so far.
+Every rule is tried on whatever caches a file holds, its own method's or not; with `--own` only on those of its own
+method, by the file's name. Files are those of `cifar10.py --records`, or of the folder `records` in a --workdir of
+`methods.py`. Ctrl-C ends with the draws so far.
 """
 
 from __future__ import annotations
@@ -202,6 +203,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="(default: all) beginnings of names")
+    parser.add_argument(
+        "--own", action="store_true", help="on each file only the rules of the method it is named after"
+    )
     parser.add_argument("--see", choices=("all", "tune"), default="all", help="what published rules are tuned on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
@@ -217,7 +221,8 @@ def main() -> None:
     for file in options.records:
         records, costs = load(file)
         print(f"{file}: {len(records)} inputs, {len(records.reads_K)} caches", file=sys.stderr, flush=True)
-        counts, n = counted(records, costs, chosen, options, lambda text: print(text, file=sys.stderr, flush=True))
+        tried = [rule for rule in chosen if not options.own or rule.name.startswith(file.stem.split("-")[0] + ",")]
+        counts, n = counted(records, costs, tried, options, lambda text: print(text, file=sys.stderr, flush=True))
         rows += [count.row(file.name, n) for count in counts]
     print(table(rows))
     common.finish(common.document("How often each rule breaks its promise", rows), options.out)

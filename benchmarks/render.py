@@ -54,7 +54,8 @@ def section(name: str, document: dict[str, Any]) -> str:
     facts = (
         f"`{document['command']}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
         f"{hardware['threads']} threads; torch {versions['torch']}, Python {versions['python']}."
-    )
+        f" {document.get('note', '')}"
+    ).rstrip()
     body = DRAWN.get(name.split("_")[0], fits)(document)
     return f"## {document['benchmark']}\n\n{facts}\n\n{body}\n"
 
