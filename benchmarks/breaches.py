@@ -204,7 +204,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="(default: all) beginnings of names")
     parser.add_argument(
-        "--own", action="store_true", help="on each file only the rules of the method it is named after"
+        "--own", action="store_true", help="on each file only the rules of its own method"
     )
     parser.add_argument("--see", choices=("all", "tune"), default="all", help="what published rules are tuned on")
     parser.add_argument("--seed", type=int, default=0)
