@@ -203,9 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="(default: all) beginnings of names")
-    parser.add_argument(
-        "--own", action="store_true", help="on each file only the rules of its own method"
-    )
+    parser.add_argument("--own", action="store_true", help="on each file only the rules of its own method")
     parser.add_argument("--see", choices=("all", "tune"), default="all", help="what published rules are tuned on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
