@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "offramp"
 
 RANKS = [
     "types errors tasks confidence streams progress augment",
-    "splitting graph tracing behaviour torchvision_shim cost caches calibration placement backends",
+    "splitting graph tracing behaviour torchvision_shim cost caches calibration placement",
     "model recording distillation",
     "candidates search methods choosing fitting evaluation summary artifact report",
     "sources cli demo bench __main__",
