@@ -500,9 +500,9 @@ def test_published_rows_stand_beside_what_was_measured(tmp_path: Path) -> None:
     agreement[:6, 0] = agreement[:9, 2] = True  # 60 % after block 1, 90 % after block 7, nothing at the input
     said = {"name": ["layers.0/fc", "input/mlp", "layers.6/fc"], "depth": [0.1, 0.0, 0.8], "bytes": [10, 20, 3_000_000]}
     for method in ("gati", "freeze", "offramp"):
-        np.savez(
-            tmp_path / "records" / f"{method}.npz", agreement=agreement, **{k: np.array(v) for k, v in said.items()}
-        )
+        columns: dict[str, Any] = {name: np.array(values) for name, values in said.items()}
+        columns["agreement"] = agreement
+        np.savez(tmp_path / "records" / f"{method}.npz", **columns)
     certified = compared_row("offramp", 0.01, 0.5, 0.6, hit_rates={"layers.0/fc": 0.3, "layers.6/fc": 0.2})
     branches = compared_row("branchynet", 0.02, 0.75, 0.8, hit_rates={"a": 0.25, "b": 0.125})
     rows = [certified | {"rule": "certificate"}, branches | {"rule": "published"}]
