@@ -223,7 +223,8 @@ def main() -> None:
         counts, n = counted(records, costs, tried, options, lambda text: print(text, file=sys.stderr, flush=True))
         rows += [count.row(file.name, n) for count in counts]
     print(table(rows))
-    common.finish(common.document("How often each rule breaks its promise", rows), options.out)
+    caches = ", on its own method's caches" if options.own else ""
+    common.finish(common.document(f"How often each rule breaks its promise{caches}", rows), options.out)
 
 
 if __name__ == "__main__":

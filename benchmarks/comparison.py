@@ -57,7 +57,7 @@ def line(row: Row, rows: Sequence[Row] = ()) -> str:
 
 
 def _ours_beside(row: Row, rows: Sequence[Row]) -> str:
-    if row["name"] == OURS or not measured(rows, OURS):
+    if row["name"] == OURS or not ours_among(rows):
         return "-"
     flops, time = (ours_at(row["disagreement"], rows, cost) for cost in (flops_ratio, batch_1_mean))
     return f"{flops:.2f}, {time:.2f}"
@@ -75,8 +75,8 @@ def batch_1_mean(row: Row) -> float:
     return float(next(ratio["mean"] for ratio in row["latency"] if ratio["batch_size"] == 1))
 
 
-def measured(rows: Sequence[Row], name: str) -> list[Row]:
-    return [row for row in rows if row["name"] == name and "error" not in row]
+def ours_among(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["name"] == OURS and "error" not in row]
 
 
 def ours_at(disagreement: float, rows: Sequence[Row], cost: Any) -> float:
@@ -86,7 +86,7 @@ def ours_at(disagreement: float, rows: Sequence[Row], cost: Any) -> float:
     request, lies on the line between them, so what is said here could be served; beyond our last row nothing is said to
     be cheaper than it.
     """
-    points = sorted({ALL_OF_IT, *((row["disagreement"], float(cost(row))) for row in measured(rows, OURS))})
+    points = sorted({ALL_OF_IT, *((row["disagreement"], float(cost(row))) for row in ours_among(rows))})
     front: list[tuple[float, float]] = []
     for point in points:
         if not front or point[1] < front[-1][1]:
@@ -109,7 +109,7 @@ def ahead(rows: Sequence[Row], cost: Any) -> list[tuple[Row, float]]:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    if not measured(rows, OURS):
+    if not ours_among(rows):
         return "Ours has no row here."
     lines = ["Ahead of ours at the same measured disagreement:", ""]
     for what, cost in (("FLOPs", flops_ratio), ("batch 1 mean time", batch_1_mean)):

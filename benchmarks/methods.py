@@ -37,17 +37,19 @@ import comparison
 import numpy as np
 import tiny_imagenet
 import torch
+from comparison import OURS
 from opponents import OPPONENTS, RULES, Case, Opponent, Rule, smaller
 from opponents.base import BATCH_SIZES, compared, measured
 from opponents.rules import Given
 from torch import nn
 
 from offramp.choosing import WEIGHT_FLOPS, Learned, choose
-from offramp.cost import flop_shares, measure, shares
-from offramp.evaluation import compare_latency, costs_at_exits
+from offramp.cost import measure, shares
+from offramp.evaluation import compare_latency, shares_and_flops
 from offramp.fitting import RECORDING_SHARE, learn
 from offramp.methods import METHODS
 from offramp.methods.base import RULES as METHOD_RULES
+from offramp.methods.base import Rule as MethodRule
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts
 from offramp.recording import CERTIFY, TUNE, Recording, record
@@ -56,7 +58,6 @@ from offramp.streams import as_batch, read_stream
 from offramp.tasks import task_named
 from offramp.types import LatencyRatio, Records
 
-OURS = "offramp"
 SEED = 0
 OUR_ENDS = (0.001, 0.002, 0.1)  # further tolerances for ours, so that its curve reaches as far as the others' rows
 LEARN_FOR = 0.01  # the tolerance that caches are learned for
@@ -271,38 +272,38 @@ class Bench:
                 make = functools.partial(self._method_row, fitted, rule, tolerance)
                 self.book.attempt(name, rule, tolerance, promise(name, rule), make)
 
-    def _method_row(self, fitted: Callable[[], Learned], rule: str, tolerance: float) -> dict[str, Any]:
+    def _method_row(self, fitted: Callable[[], Learned], rule: MethodRule, tolerance: float) -> dict[str, Any]:
         return self.row(fitted(), tolerance, rule)
 
-    def row(self, learned: Learned, tolerance: float, rule: str | None) -> dict[str, Any]:
+    def row(self, learned: Learned, tolerance: float, rule: MethodRule | None) -> dict[str, Any]:
         """Choose, evaluate on the held-out images, and say it in the words of `opponents.base.measured`."""
         started = time.monotonic()
         cached = choose(learned, tolerance=tolerance, confidence_level=common.LEVEL, rule=rule)
         chosen_s = time.monotonic() - started
-        answer_N, left_N = self._served(cached)
-        certificate, shares_E = cached.certificate, np.bincount(left_N, minlength=len(cached.exits)) / len(left_N)
+        answer_N, left_N, bypassed = self._served(cached)
+        certificate, (hit_rates, flops_ratio) = cached.certificate, shares_and_flops(cached, left_N, bypassed)
         return compared(answer_N, self.case) | {
             "latency": [asdict(ratio) for ratio in self._latency(cached)],
-            "flops_ratio": float(shares_E @ costs_at_exits(CacheCosts(*flop_shares(cached.costs)))),
+            "flops_ratio": flops_ratio,
             "bytes": cached.costs.backbone.parameter_bytes + cache_bytes(cached),
             "build_s": sum(learned.seconds.values()) + chosen_s,
             "details": {
                 "certified": {"errors": certificate.errors, "n": certificate.n, "bound": certificate.bound},
-                "hit_rates": dict(zip(cached.exits[:-1], shares_E.tolist(), strict=False)),
+                "hit_rates": hit_rates,
                 "plan": cached.plan.to_json(),
                 "cache_bytes": cache_bytes(cached),
             },
         }
 
     @torch.inference_mode()
-    def _served(self, cached: CachedModel) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """(N,) answers to the held-out inputs, and at which of its exits each of them left."""
-        said = [
-            cached.predict(*batch.args, **batch.kwargs)
-            for batch in read_stream(self.setup.held_out, self.setup.backbone)
-        ]
+    def _served(self, cached: CachedModel) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
+        """(N,) answers to the held-out inputs, at which of its exits each of them left, and how many bypassed them."""
+        said, bypassed = [], 0
+        for batch in read_stream(self.setup.held_out, self.setup.backbone):
+            said.append(cached.predict(*batch.args, **batch.kwargs))
+            bypassed += len(batch) if cached.bypasses(len(batch)) else 0
         answers, exits = (torch.cat([getattr(one, name) for one in said]) for name in ("answer_B", "left_at_B"))
-        return answers.numpy(), exits.numpy()
+        return answers.numpy(), exits.numpy(), bypassed
 
     def _latency(self, cached: CachedModel) -> tuple[LatencyRatio, ...]:
         """Beside the full model. All plans without caches are the same model, so that it is timed once."""

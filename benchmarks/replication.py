@@ -103,11 +103,11 @@ def gati(folder: Path) -> Iterator[Replicated]:
 
 
 def freeze(folder: Path, rows: list[Row]) -> Iterator[Replicated]:
-    oracle = ", ".join(f"{name} {100 * Said.load(folder, name).first_half():.1f} %" for name in ("freeze", "offramp"))
+    both = {name: Said.load(folder, name) for name in ("freeze", "offramp")}
+    oracle = ", ".join(f"{name} {100 * said.first_half():.1f} %" for name, said in both.items())
     why = "An oracle picks the layer. 10,000 stored inputs at each of at most 12 split points, the input among them."
     yield Replicated("Freeze Inference", "a cache in the first half agrees (oracle)", "91.58 %", oracle, why)
-    for name in ("freeze", "offramp"):
-        said = Said.load(folder, name)
+    for name, said in both.items():
         early = {cache for cache, depth in zip(said.name, said.depth_K, strict=True) if depth <= HALF}
         reached = [
             f"{100 * sum(share for cache, share in row['details']['hit_rates'].items() if cache in early):.1f} % "

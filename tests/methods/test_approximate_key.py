@@ -22,7 +22,7 @@ from offramp.errors import InputError
 from offramp.fitting import fit, learn
 from offramp.methods import METHODS, method_named
 from offramp.methods.approximate_key import MATCH, ApproximateKey, AutoRefresh, replay
-from offramp.methods.base import Method
+from offramp.methods.base import Method, Rule
 from offramp.methods.offramp import Offramp
 from offramp.model import BACKBONE
 from offramp.placement import OFF, CacheCosts
@@ -68,7 +68,7 @@ def learned(backbone: nn.Module) -> Learned:
 
 @pytest.mark.parametrize("rule", ["certificate", "published"])
 def test_both_rules_give_a_model_that_saves_and_keeps_to_the_tolerance(
-    learned: Learned, backbone: nn.Module, rule: str, tmp_path: Path
+    learned: Learned, backbone: nn.Module, rule: Rule, tmp_path: Path
 ) -> None:
     cached = choose(learned, tolerance=TOLERANCE, confidence_level=0.9, rule=rule)
     assert cached.plan.caches

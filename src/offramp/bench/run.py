@@ -25,6 +25,7 @@ from offramp.choosing import Learned, choose
 from offramp.errors import MissingExtraError
 from offramp.fitting import learn
 from offramp.methods import Method
+from offramp.methods.base import Rule
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts, Thresholds
 from offramp.sources import DataOptions, load_model, load_stream
@@ -214,7 +215,7 @@ class _Bench:
         }
         return self.results.add(cell, DONE, measured | facts)
 
-    def _choose(self, learned: Learned, tolerance: float, rule: str | None) -> CachedModel:
+    def _choose(self, learned: Learned, tolerance: float, rule: Rule | None) -> CachedModel:
         return choose(learned, tolerance=tolerance, confidence_level=self.suite.confidence_level, rule=rule)
 
     def _try(self, cells: Sequence[Cell], make: Callable[[], Made]) -> Made | None:
