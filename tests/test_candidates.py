@@ -276,21 +276,20 @@ def test_seconds_for_leaves_the_cache_and_the_random_state_alone(recording: Reco
     assert candidates.trained == []
 
 
-def test_seconds_for_is_the_time_of_a_step_measured_once_times_the_steps(
-    recording: Recording, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured = []
+def test_seconds_for_is_estimated_once_for_each_recipe(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimated = []
 
-    def step(self: Training) -> float:
-        measured.append(self.cache.name)
-        return 0.25
+    def estimate(self: Training) -> float:
+        estimated.append((self.cache.name, self.recipe.rows))
+        return 0.25 * self.recipe.steps
 
-    monkeypatch.setattr(Training, "seconds_per_step", step)
+    monkeypatch.setattr(Training, "estimated_seconds", estimate)
     candidates = make_candidates(recording)
     cache = candidates.build(POINTS[2], CacheShape("mlp", 8))
-    assert candidates.seconds_for(cache, Recipe(rows=100, batch_size=10)) == pytest.approx(2.5)
-    assert candidates.seconds_for(cache, Recipe(rows=4000, batch_size=10)) == pytest.approx(100)
-    assert measured == [cache.name]
+    for _ in range(2):
+        assert candidates.seconds_for(cache, Recipe(rows=100, batch_size=10)) == pytest.approx(2.5)
+        assert candidates.seconds_for(cache, Recipe(rows=4000, batch_size=10)) == pytest.approx(100)
+    assert estimated == [(cache.name, 100), (cache.name, 4000)]
 
 
 def test_a_deadline_in_the_past_leaves_one_second(recording: Recording, clock: Clock) -> None:

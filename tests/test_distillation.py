@@ -66,6 +66,18 @@ def make(*, reads: str | None = None) -> LearnedCache:
     return LearnedCache("c", "p", shape, (FEATURES,), CLASSES, reduction=Reduction(), reads=reads)
 
 
+def sequences() -> Recording:
+    random = np.random.default_rng(1)
+    feature = random.standard_normal((ROWS, 3, FEATURES)).astype(np.float16)
+    logits = feature[:, 0, :CLASSES].astype(np.float32)
+    return cast(Recording, SimpleNamespace(features=[feature], logits_NC=logits, free_augmentations=()))
+
+
+def make_over_positions() -> LearnedCache:
+    torch.manual_seed(3)
+    return LearnedCache("c", "p", CacheShape("mlp", 32), (3, FEATURES), CLASSES, reduction=Reduction())
+
+
 def learn(cache: LearnedCache, recording: Recording, rows: int = 6000, **changed: Any) -> TrainingLog:
     read_NC, seed = changed.pop("read_NC", None), changed.pop("seed", 0)
     recipe = Recipe(rows=rows, batch_size=50, learning_rate=1e-2)
@@ -164,13 +176,48 @@ def test_a_time_limit_shortens_the_schedule(recording: Recording, monkeypatch: p
     assert rates == pytest.approx([step / 20 for step in range(1, 20)])
 
 
-def test_a_step_is_timed_three_times_after_a_warm_up(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 9.0, 10.0, 12.0, 20.0, 23.0])
-    steps: list[float] = []
-    monkeypatch.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(Training, "step", lambda self, done: steps.append(done))
-    assert training(make(), recording, Recipe(rows=100)).seconds_per_step() == 3.0, "the median"
-    assert steps == [0.0] * 4
+def test_the_estimate_tells_the_first_pass_over_the_rows_from_later_ones(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([9.0, 1.0, 3.0, 2.0, 0.5, 0.5, 0.4])  # one step to warm up, three on new rows, three on the same again
+    seen: list[tuple[int, ...]] = []
+    clock = [0.0]
+
+    def step(self: Training, index: Any, done: float) -> float:
+        clock[0] += next(times)
+        seen.append(tuple(index))
+        return 0.0
+
+    monkeypatch.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Training, "step", step)
+    # 1,600 rows in batches of 16: 100 steps are a pass, and 50 more follow.
+    assert training(make(), recording, Recipe(rows=2400, batch_size=16)).estimated_seconds() == 2.0 * 100 + 0.5 * 50
+    assert seen[1:4] == seen[4:]
+    assert len(set(seen)) == 4
+
+
+def test_rows_are_condensed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    condensed: list[int] = []
+    condense = LearnedCache.condense
+
+    def counted(self: LearnedCache, feature: Tensor) -> Tensor:
+        condensed.append(len(feature))
+        return condense(self, feature)
+
+    monkeypatch.setattr(LearnedCache, "condense", counted)
+    inputs = training(make_over_positions(), sequences(), Recipe(rows=100)).inputs
+    assert inputs[np.array([3])].shape == (1, 2 * FEATURES), "mean and maximum"
+    assert torch.equal(inputs[np.array([3, 5])], inputs[np.array([3, 5])])
+    assert torch.equal(inputs[np.array([3, 4, 5])][[0, 2]], inputs[np.array([3, 5])])
+    assert condensed == [1, 1, 1]
+
+
+def test_what_does_not_fit_into_memory_is_condensed_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = learn(make_over_positions(), sequences())
+    monkeypatch.setattr(distillation, "CONDENSED_LIMIT", 0)
+    assert training(make_over_positions(), sequences(), Recipe(rows=100)).inputs.table is None
+    each = learn(make_over_positions(), sequences())
+    assert each.final_loss == pytest.approx(once.final_loss, rel=1e-6), "the same training"
 
 
 def test_the_schedule_rises_then_falls_to_nothing() -> None:
@@ -229,9 +276,9 @@ def test_training_in_bfloat16_leaves_float32_weights_that_agree(
     states: list[torch.dtype] = []
     inner = Training.step
 
-    def noted(self: Training, done: float) -> float:
+    def noted(self: Training, index: Any, done: float) -> float:
         hook = self.cache.head.register_forward_hook(lambda module, given, out: heads.append(out.dtype))
-        loss = inner(self, done)
+        loss = inner(self, index, done)
         hook.remove()
         states.extend(v.dtype for state in self.optimizer.state.values() for v in state.values() if v.ndim)
         return loss
@@ -349,7 +396,7 @@ def test_labels_are_learned_from_the_rows_that_have_one(recording: Recording) ->
     learning = training(cache, given, recipe)
     assert learning.rows.rows.tolist() == list(range(1, 1600, 2))
     for _ in range(recipe.steps):
-        learning.step(0.3)
+        learning.step(learning.rows.next(), 0.3)
     fresh = np.arange(1600, ROWS)
     answer_N = cache_logits(cache.eval(), given, 0, fresh, None, torch.device("cpu")).argmax(1).numpy()
     assert (answer_N == (recording.logits_NC[fresh].argmax(1) + 1) % CLASSES).mean() > 0.9

@@ -143,12 +143,18 @@ def test_trunks_go_where_the_headroom_is(rehearsal: Rehearsal, monkeypatch: pyte
     )
 
 
-def test_a_sequence_of_vectors_gets_a_transformer_as_its_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = (make_point("input", 0, (6,), 0.0), make_point("tokens", 1, (5, 16), 0.2))
+def test_a_sequence_of_vectors_gets_convolutions_over_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = (
+        make_point("input", 0, (6,), 0.0),
+        make_point("tokens", 1, (5, 16), 0.2),
+        make_point("late", 2, (5, 16), 0.8),
+    )
     features = [np.zeros((20, *point.shape), np.float16) for point in points]
     search = Search(make_candidates(make_recording(features, np.zeros((20, 4), np.float32)), points), tolerance=0.05)
+    over_positions = [cache.point for cache in search._pooled(None) if cache.shape == module.OVER_POSITIONS]
+    assert over_positions == ["tokens", "late"]
     monkeypatch.setattr(Search, "_headroom", lambda self: [(1, 0.5), (0, 0.4)])
-    assert [(cache.point, cache.shape.kind) for cache in search._trunks(None)] == [("tokens", "transformer")]
+    assert list(search._trunks(None)) == [], "these are its trunks"
 
 
 def test_the_search_ends_with_what_there_is_when_the_user_stops_it(
@@ -294,6 +300,14 @@ def test_token_ids_get_transformer_students() -> None:
     assert first.vocabulary > 0
     for cache, share in zip((first, second), module.STUDENT_SHARES, strict=True):
         assert 0 < search.candidates.flops_of(cache) <= share * BACKBONE_FLOPS
+
+
+@pytest.mark.parametrize(("before", "students"), [(0.02, 0), (module.STUDENT_SHARES[-1], 0), (0.2, 2)])
+def test_token_ids_whose_vectors_come_almost_free_get_no_student(before: float, students: int) -> None:
+    points = (make_point("input", 0, (12,), 0.0, torch.int64), make_point("vectors", 1, (12, 6), before))
+    ids = np.random.default_rng(0).integers(0, 50, (100, 12)).astype(np.int32)
+    recording = make_recording([ids, np.zeros((100, 12, 6), np.float16)], image_recording(100).logits_NC)
+    assert len(list(Search(make_candidates(recording, points), tolerance=0.05)._students())) == students
 
 
 def test_token_ids_get_no_pooled_caches() -> None:

@@ -80,7 +80,7 @@ class Candidates:
         self.flops = costs.backbone.flops
         self.trained: list[Trained] = []
         self.confidence: str | None = None  # decides for every cache that has it; else what ranks best on tune
-        self._step_s: dict[str, float] = {}  # measured seconds per training step, by a cache's name
+        self._estimates_s: dict[tuple[str, Recipe], float] = {}  # seconds of a training, by the cache's name
 
     @property
     def time_left(self) -> float | None:
@@ -163,12 +163,12 @@ class Candidates:
         stored = self._stored_log(cache, recipe)
         if stored is not None and stored.steps >= recipe.steps:
             return 0.0
-        if cache.name not in self._step_s:
+        key = cache.name, recipe
+        if key not in self._estimates_s:
             # What it reads is not trained yet; one row serves for all.
             read_NC = None if cache.reads is None else torch.zeros(1, self.classes).expand(len(self.recording), -1)
-            training = self._training(copy.deepcopy(cache), recipe, read_NC)
-            self._step_s[cache.name] = training.seconds_per_step()
-        return self._step_s[cache.name] * recipe.steps
+            self._estimates_s[key] = self._training(copy.deepcopy(cache), recipe, read_NC).estimated_seconds()
+        return self._estimates_s[key]
 
     def train_round(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from offramp.progress import Bar
 from offramp.recording import Recording
 
 PREPARE_ROWS = 500  # rows that fixed first layers are computed from
+CONDENSED_LIMIT = 2**29  # bytes of condensed rows that a training keeps in memory
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,16 @@ class Training:
         device: torch.device,
     ) -> None:
         self.cache = cache.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.features, self.logits_NC, self.read_NC = recording.features[position], recording.logits_NC, read_NC
+        features, self.logits_NC, self.read_NC = recording.features[position], recording.logits_NC, read_NC
         self.label_N = None
         if recipe.on_labels:
             rows = labelled(recording, rows)
             self.label_N = recording.label_N
-        cache.prepare(_as_input(self.features[np.sort(rows[:PREPARE_ROWS])]).to(device))
+        cache.prepare(_as_input(features[np.sort(rows[:PREPARE_ROWS])]).to(device))
         self.rows = _Rows(rows, recipe.batch_size, seed)
         self.optimizer = torch.optim.AdamW(_parameter_groups(cache, recipe.weight_decay), lr=recipe.learning_rate)
-        self.augmentations = recording.free_augmentations if position == 0 else ()
-        self.generator = torch.Generator().manual_seed(seed)
+        augmentations = recording.free_augmentations if position == 0 else ()
+        self.inputs = _Inputs(cache, features, rows, augmentations, seed, device)
         self.recipe, self.device, self.fast = recipe, device, has_fast_bfloat16(device)
 
     def run(self, *, time_limit_s: float | None, stop: Stop, progress: Bar) -> TrainingLog:
@@ -145,7 +147,7 @@ class Training:
                 done = max(done, (time.monotonic() - started) / time_limit_s)
             if done >= 1 or stop.requested:
                 break
-            losses.append(self.step(done))
+            losses.append(self.step(self.rows.next(), done))
             progress.advance(1 / self.recipe.steps)
         self.cache.eval()
         self.cache.fold()
@@ -153,29 +155,30 @@ class Training:
         tail = losses[-max(1, len(losses) // 10) :]
         return TrainingLog(len(losses), time.monotonic() - started, float(np.mean(tail)) if tail else math.nan)
 
-    def seconds_per_step(self) -> float:
-        """Median time of three steps after one for warm-up. They train: time a training of a copy of the cache."""
-        self.step(0.0)
-        times = []
-        for _ in range(3):
-            started = time.monotonic()
-            self.step(0.0)
-            times.append(time.monotonic() - started)
-        return sorted(times)[1]
+    def estimated_seconds(self) -> float:
+        """Of the whole training, from a few timed steps; later passes over the rows may be faster than the first. The
+        steps train: estimate with a copy of the cache."""
+        self._timed_step(self.rows.next())
+        batches = [self.rows.next() for _ in range(3)]
+        first_s, later_s = (statistics.median(map(self._timed_step, batches)) for _ in range(2))
+        first_pass = min(self.recipe.steps, len(self.rows.rows) // self.rows.batch_size)
+        return first_s * first_pass + later_s * (self.recipe.steps - first_pass)
 
-    def step(self, done: float) -> float:
-        """One step on the next batch, at this share of the schedule; its loss."""
+    def _timed_step(self, index: NDArray[np.intp]) -> float:
+        started = time.monotonic()
+        self.step(index, 0.0)
+        return time.monotonic() - started
+
+    def step(self, index: NDArray[np.intp], done: float) -> float:
+        """One step on these recorded rows, at this share of the schedule; its loss."""
         rate = self.recipe.learning_rate * _schedule(done, self.recipe.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        index = self.rows.next()
-        feature = _as_input(self.features[index]).to(self.device)
-        for name in self.augmentations:
-            feature = AUGMENTATIONS[name](feature, self.generator)
+        condensed = self.inputs[index]
         target_BC = torch.from_numpy(self.logits_NC[index]).to(self.device)
         read_BC = None if self.read_NC is None else self.read_NC[index].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
-            logits_BC = self.cache.from_feature(feature, read_BC)
+            logits_BC = self.cache.from_condensed(condensed, read_BC)
         loss = recipe_loss(logits_BC.float(), target_BC, self._hard(index, target_BC), self.recipe)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -254,6 +257,44 @@ def cache_logits(
             feature = _as_input(recording.features[position][rows[chunk]]).to(device)
             out.append(cache.from_feature(feature, None if read_NC is None else read_NC[chunk].to(device)).cpu())
     return torch.cat(out)
+
+
+class _Inputs:
+    """What the trained part of a cache reads, by recorded rows: each condensed once where that fits into memory."""
+
+    def __init__(
+        self,
+        cache: LearnedCache,
+        features: NDArray[np.generic],
+        rows: NDArray[np.intp],
+        augmentations: tuple[str, ...],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.cache, self.features, self.augmentations, self.device = cache, features, augmentations, device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sorted_rows, self.table = np.sort(rows), None
+        width = cache.condensed_width
+        if width is not None and not augmentations and 4 * width * len(rows) <= CONDENSED_LIMIT:
+            self.table = torch.empty(len(rows), width, device=device)
+            self.known = np.zeros(len(rows), dtype=np.bool_)
+
+    def __getitem__(self, index: NDArray[np.intp]) -> Tensor:
+        if self.table is None:
+            return self._condensed(index)
+        slots = np.searchsorted(self.sorted_rows, index)
+        unknown = ~self.known[slots]
+        if unknown.any():
+            self.table[slots[unknown]] = self._condensed(index[unknown])
+            self.known[slots] = True
+        return self.table[slots]
+
+    @torch.no_grad()
+    def _condensed(self, index: NDArray[np.intp]) -> Tensor:
+        feature = _as_input(self.features[index]).to(self.device)
+        for name in self.augmentations:
+            feature = AUGMENTATIONS[name](feature, self.generator)
+        return self.cache.condense(feature)
 
 
 class _Rows:

@@ -1,9 +1,11 @@
 """Which caches are worth training, in three rounds, each informed by the one before.
 
     students   networks with their own trunk on the raw input, priced at a few percent of the backbone. Early caches
-               need capacity: they bring most of the saving (docs/experiments.md). The larger reads the smaller one.
-    pooled     probes on the pooled activation of every split point: cheap, and enough late in the backbone.
-    trunks     convolutional or transformer caches where a perfectly informed cache would save most (`_headroom`).
+               need capacity: they bring most of the saving (docs/experiments.md). The larger reads the smaller one. For
+               token ids none where the backbone's own vectors come almost free: a student would not learn better ones.
+    pooled     probes on the pooled activation of every split point: cheap, and enough late in the backbone. In
+               sequences the order of the positions counts, hence a small convolution over them.
+    trunks     convolutional caches on the feature maps where a perfectly informed cache would save most (`_headroom`).
 
 Later caches read the logits of the student that the best plan so far ends with. What is enabled in the end is decided
 elsewhere (`placement`), jointly with the thresholds; a cache trained in vain costs nothing at run time. When time is
@@ -24,6 +26,7 @@ from offramp.candidates import Candidates, Trained
 from offramp.distillation import Recipe
 from offramp.placement import plan_path
 from offramp.recording import TUNE
+from offramp.splitting import SplitPoint
 
 Item = TypeVar("Item")
 Choice = Callable[[list[LearnedCache], int], list[LearnedCache]]
@@ -32,7 +35,8 @@ STUDENT_SHARES = (0.04, 0.10)  # of the backbone's FLOPs
 TRUNK_SHARE = 0.015
 MAX_TRUNKS = 2
 MAX_POINTS = 12  # split points that get pooled caches
-POOLED_TIME, TRUNK_TIME = 0.15, 0.15  # of the training time, at most
+OVER_POSITIONS = CacheShape("layers", convolutions=((64, 3, 1), (64, 1, 1)), hidden=(128,))
+POOLED_TIME, TRUNK_TIME = 0.15, 0.15  # of the training time, at most, where students are to be trained as well
 # Of their full training that caches have to get to be worth beginning. One student trained to the end saves more than
 # two that are not (docs/experiments.md), so a second one waits for a budget that trains both in full.
 LEAST, LEAST_STUDENTS = 0.5, 1.0
@@ -50,8 +54,11 @@ class Search:
         students, time_left = list(self._students()), self.candidates.time_left
         pooled_s = trunks_s = students_s = None
         if time_left is not None:
-            pooled_s = min(POOLED_TIME * time_left, sum(map(self._seconds, self._pooled(None))))
             trunks_s = TRUNK_TIME * time_left
+            pooled_s = min(
+                POOLED_TIME * time_left if students else time_left - trunks_s,
+                sum(map(self._seconds, self._pooled(None))),
+            )
             students_s = time_left - pooled_s - trunks_s
         self._round("students", self._affordable(students, students_s, first), students_s)
         reader = self._reader()
@@ -64,7 +71,7 @@ class Search:
     def _students(self) -> Iterator[LearnedCache]:
         point = self.split.points[0]
         floating = point.dtype.is_floating_point
-        if not (is_image(tuple(point.shape), floating=floating) or (not floating and len(point.shape) == 1)):
+        if not (is_image(tuple(point.shape), floating=floating) or self._needs_own_vectors(point)):
             return
         kind, previous = ("student" if floating else "transformer"), None
         for share in STUDENT_SHARES:
@@ -74,22 +81,29 @@ class Search:
             previous = self.candidates.build(point, shape, previous)
             yield previous
 
+    def _needs_own_vectors(self, point: SplitPoint) -> bool:
+        """Whether these are token ids, and the backbone's vectors for them cost more than a student."""
+        vectors = next((later for later in self.split.points if later.dtype.is_floating_point), None)
+        is_ids = not point.dtype.is_floating_point and len(point.shape) == 1
+        return is_ids and (vectors is None or vectors.depth > STUDENT_SHARES[-1])
+
     def _pooled(self, reader: Trained | None) -> Iterator[LearnedCache]:
         points = [point for point in self.split.points[0 if reader is None else 1 :] if point.dtype.is_floating_point]
         reads = None if reader is None else reader.cache
         for point in evenly(points, MAX_POINTS):
-            width = 64 if point.depth < 0.5 else 32
-            yield self.candidates.build(point, CacheShape("mlp", width), reads)
+            if len(point.shape) == 2:
+                yield self.candidates.build(point, OVER_POSITIONS, reads)
+                continue
+            yield self.candidates.build(point, CacheShape("mlp", 64 if point.depth < 0.5 else 32), reads)
             if point.depth > 0.5:
                 yield self.candidates.build(point, CacheShape("linear"), reads)
 
     def _trunks(self, reader: Trained | None) -> Iterator[LearnedCache]:
         for position, _ in self._headroom()[:MAX_TRUNKS]:
             point = self.split.points[position]
-            kind = {3: "conv", 2: "transformer"}.get(len(point.shape))
-            if kind is None or not point.dtype.is_floating_point:
+            if len(point.shape) != 3 or not point.dtype.is_floating_point:
                 continue
-            shape = self.candidates.widest(point, kind, min(TRUNK_SHARE, 0.1 * (1 - point.depth)))
+            shape = self.candidates.widest(point, "conv", min(TRUNK_SHARE, 0.1 * (1 - point.depth)))
             if shape is not None:
                 yield self.candidates.build(point, shape, None if reader is None else reader.cache)
 
@@ -131,6 +145,8 @@ class Search:
         n = len(self.candidates.train_rows)
         if cache.shape.kind in ("linear", "mlp"):
             return Recipe(rows=int(np.clip(30 * n, 20_000, 600_000)), batch_size=min(256, max(16, n // 8)))
+        if cache.shape.kind == "layers":
+            return Recipe(rows=int(np.clip(8 * n, 20_000, 400_000)), batch_size=min(64, max(16, n // 8)))
         most = 1_500_000 if self.candidates.position(cache) == 0 else 400_000
         rows = int(np.clip(40 * n, 30_000, most))
         return Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)

@@ -91,11 +91,23 @@ class LearnedCache(Cache):
         self.folded = False
 
     def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        return self.from_condensed(self.condense(feature), read_BC)
+
+    @property
+    def condensed_width(self) -> int | None:
+        """Numbers per row behind `condense`; None where all of the body is trained."""
+        return self.body.condensed_width if isinstance(self.body, _Pooled) else None
+
+    def condense(self, feature: Tensor) -> Tensor:
+        """What comes before the first trained weight: the same at every step of a training."""
         if self.vocabulary:
-            feature = feature.long().clamp(max=self.vocabulary - 1)  # above: ids that training never met
-        else:
-            feature = feature.to(self.head.weight.dtype)
-        hidden_BF: Tensor = self.body(feature)
+            return feature.long().clamp(max=self.vocabulary - 1)  # above: ids that training never met
+        feature = feature.to(self.head.weight.dtype)
+        return feature if self.condensed_width is None else _pool(feature)
+
+    def from_condensed(self, condensed: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        """The rest of `from_feature`."""
+        hidden_BF: Tensor = self.body(condensed)
         if self.reads is not None:
             if read_BC is None:
                 raise ValueError(f"cache {self.name} reads the logits of {self.reads}, which were not given")
@@ -142,14 +154,16 @@ class LearnedCache(Cache):
 
 
 class _Pooled(nn.Module):
-    """Mean and, where there is more than one position, maximum over positions; then `depth` hidden layers."""
+    """Mean and, where there is more than one position, maximum over positions; then `depth` hidden layers. Of vectors
+    that pooling is left to `LearnedCache.condense`, of token ids their vectors are trained too."""
 
     def __init__(self, shape: CacheShape, activation_shape: tuple[int, ...], vocabulary: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, shape.width or 64) if vocabulary else None
         width = (shape.width or 64) if vocabulary else activation_shape[0 if len(activation_shape) != 2 else 1]
-        self.spatial = bool(vocabulary) or len(activation_shape) > 1
-        width = 2 * width if self.spatial else width
+        spatial = bool(vocabulary) or len(activation_shape) > 1
+        width = 2 * width if spatial else width
+        self.condensed_width = width if spatial and not vocabulary else None
         layers: list[nn.Module] = [nn.LayerNorm(width)]
         if shape.kind == "mlp":
             for _ in range(shape.depth):
@@ -159,13 +173,8 @@ class _Pooled(nn.Module):
         self.features = width
 
     def forward(self, feature: Tensor) -> Tensor:
-        if self.embedding is not None:
-            feature = self.embedding(feature)
-        if self.spatial:
-            positions_BFP = feature.flatten(2) if feature.ndim > 3 else feature.transpose(1, 2)
-            feature = torch.cat([positions_BFP.mean(2), positions_BFP.amax(2)], dim=1)
-        pooled_BF: Tensor = self.layers(feature)
-        return pooled_BF
+        hidden_BF: Tensor = self.layers(feature if self.embedding is None else _pool(self.embedding(feature)))
+        return hidden_BF
 
 
 class _Conv(nn.Module):
@@ -369,10 +378,10 @@ class _Residual(nn.Module):
         return x + residual
 
 
-def _pool(map_BFHW: Tensor) -> Tensor:
-    """Mean and maximum over positions: (B, 2 F)."""
-    positions = map_BFHW.flatten(2)
-    return torch.cat([positions.mean(2), positions.amax(2)], dim=1)
+def _pool(feature: Tensor) -> Tensor:
+    """Mean and maximum over the positions of a map (B, F, H, W), a video or a sequence (B, L, F): (B, 2 F)."""
+    positions_BFP = feature.flatten(2) if feature.ndim > 3 else feature.transpose(1, 2)
+    return torch.cat([positions_BFP.mean(2), positions_BFP.amax(2)], dim=1)
 
 
 def _fold_batch_norm(module: nn.Module) -> None:
