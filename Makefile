@@ -20,6 +20,7 @@ types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 BENCHMARKS := "cifar10.py --time-budget 900 --out results/cifar10.json" \
+	"optimized.py --time-budget 600 --out results/optimized_cifar10.json" \
 	"tiny_imagenet.py mobilenet_v2 --time-budget 420 --out results/mobilenet_v2.json" \
 	"tiny_imagenet.py resnet56 --time-budget 400 --out results/resnet56_cifar100.json" \
 	"learning_curve.py --time-budget 120 --out results/learning_curve.json" \

@@ -12,6 +12,7 @@ from typing import Any
 import breaches
 import common
 import comparison
+import optimized
 import replication
 
 RESULTS = common.ROOT / "benchmarks" / "results"
@@ -29,7 +30,14 @@ faster), in eager mode. The oracle lets each request leave at the first enabled 
 MISSING = "\nNot measured yet: {names}.\n"
 
 SECTIONS = (
-    *("cifar10", "methods_cifar10", "methods_resnet56_cifar10", "methods_sst2", "methods_mobilenet_v2"),
+    *(
+        "cifar10",
+        "optimized_cifar10",
+        "methods_cifar10",
+        "methods_resnet56_cifar10",
+        "methods_sst2",
+        "methods_mobilenet_v2",
+    ),
     *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
     *("learning_curve", "overhead", "split_table"),
 )
@@ -123,6 +131,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "methods": lambda document: comparison.tables(document["rows"]),
     "breaches": lambda document: breaches.table(document["rows"]),
     "replication": lambda document: replication.table(document["rows"]),
+    "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
     "overhead": overhead,
     "split": families,
 }

@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "offramp"
 
 RANKS = [
     "types errors tasks confidence streams progress augment",
-    "splitting graph tracing behaviour torchvision_shim cost caches calibration placement",
+    "splitting graph tracing behaviour torchvision_shim cost caches calibration placement backends",
     "model recording distillation",
-    "candidates search methods choosing fitting evaluation summary artifact report",
+    "candidates search methods choosing fitting evaluation optimizing summary artifact report",
     "sources cli demo bench __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
@@ -30,6 +30,7 @@ NOT_FOR_REQUESTS = {
     "methods",
     "choosing",
     "fitting",
+    "optimizing",
     "calibration",
     "placement",
 }

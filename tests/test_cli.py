@@ -54,6 +54,24 @@ class FakeCached:
         return self.summary
 
 
+OPTIMIZED = {
+    "precision": "int8",
+    "parts": [
+        {
+            "part": "input to block1",
+            "rows": 1,
+            "backend": "openvino",
+            "precision": "int8",
+            "ms": 0.25,
+            "eager_ms": 1.0,
+            "difference": 0.02,
+        }
+    ],
+    "left_out": ["compile: no C++ compiler"],
+    "latency": [{"batch_size": 1, "full_ms": 3.0, "cached_ms": 1.0}],
+}
+
+
 class Calls:
     """Stands in for the package: notes what it was asked."""
 
@@ -83,6 +101,10 @@ class Calls:
         self.streams["eval"] = _rows(stream)
         return SimpleNamespace(to_json=example_evaluation)
 
+    def optimize(self, cached: FakeCached, stream: Iterable[object], **options: Any) -> FakeCached:
+        self.streams["optimize"], self.optimize_options = _rows(stream), options
+        return FakeCached(cached.split_model.backbone, self.document | {"optimized": OPTIMIZED})
+
     def read_manifest(self, _folder: Path) -> dict[str, Any]:
         return {"summary": self.saved, "plan": self.document["plan"], "certificate": self.document["certificate"]}
 
@@ -94,7 +116,7 @@ def _rows(stream: Iterable[object]) -> Tensor:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls(example_document())
-    for name in ("fit", "save", "load", "evaluate"):
+    for name in ("fit", "save", "load", "evaluate", "optimize"):
         monkeypatch.setattr(offramp, name, getattr(calls, name))
     monkeypatch.setattr("offramp.artifact.read_manifest", calls.read_manifest)
     return calls
@@ -150,6 +172,7 @@ def test_commands_and_their_options_are_these() -> None:
         | part,
         "eval": loaded | {"html", "as_json"} | reading | part,
         "predict": loaded | {"out", "as_json"} | reading | part,
+        "optimize": loaded | {"backend", "precision", "as_json"} | reading | part,
         "report": {"folder", "html", "as_json"},
         "demo": {"folder", "seed", "as_json"},
         "bench": {"suite", "out", "as_json"},
@@ -226,6 +249,24 @@ def test_eval_prints_the_comparison(code: Path, data: Path, tmp_path: Path, caps
     assert run("eval", tmp_path / "out", data, "--json", "--html", tmp_path / "page.html") == 0
     assert _last_json(capsys) == example_evaluation()
     assert "On fresh inputs" in (tmp_path / "page.html").read_text()
+
+
+def test_optimize_says_where_each_part_runs_and_what_was_left_out(
+    calls: Calls, code: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", f"{code}:build", data, "--out", tmp_path / "out")
+    capsys.readouterr()
+    several = ("--backend", "openvino", "--backend", "eager")
+    assert run("optimize", tmp_path / "out", data, *several, "--precision", "int8", "--limit", 5) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "input to block1 1 openvino int8 0.25 ms 1.00 ms 2.0e-02" in printed
+    assert "left out: compile: no C++ compiler" in printed
+    assert "Certified: at most " in printed
+    assert calls.optimize_options == {"backends": ["openvino", "eager"], "precision": "int8"}
+    assert len(calls.streams["optimize"] or ()) == 5
+    assert run("optimize", tmp_path / "out", data, "--json") == 0
+    assert _last_json(capsys)["optimized"] == OPTIMIZED
+    assert calls.optimize_options == {"backends": None, "precision": "float32"}
 
 
 def test_report_needs_no_model(

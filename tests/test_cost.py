@@ -72,6 +72,10 @@ class FakeSplit:
     def activation(self, position: int, live: tuple[Tensor, ...]) -> Tensor:
         return live[0]
 
+    def full(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.backbone(x)
+        return answer
+
 
 class Cache(nn.Module):
     def __init__(self, name: str, point: str, features: int, log: list[str], reads: str | None = None) -> None:
@@ -86,6 +90,10 @@ class Cache(nn.Module):
 
     def confidence(self, logits: Tensor, read_logits: Tensor | None) -> Tensor:
         return logits.softmax(-1).amax(-1)
+
+    def look_up(self, activation: Tensor, read_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = self(activation, read_logits)
+        return logits, self.confidence(logits, read_logits)
 
 
 def make_split(*widths: int, rows: int = 3) -> Any:

@@ -12,10 +12,11 @@ import pytest
 
 import offramp
 
-FUNCTIONS = {"evaluate", "fit", "load", "save", "split"}
+FUNCTIONS = {"evaluate", "fit", "load", "optimize", "save", "split"}
 VALUES = {"CachedModel", "Certificate", "Evaluation", "Plan", "Prediction", "ResultCache"}
 ERRORS = {
     "ArtifactError",
+    "BackendError",
     "InputError",
     "MissingExtraError",
     "OfframpError",

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
         ArtifactError as ArtifactError,
     )
     from offramp.errors import (
+        BackendError as BackendError,
+    )
+    from offramp.errors import (
         InputError as InputError,
     )
     from offramp.errors import (
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from offramp.fitting import fit as fit
     from offramp.model import CachedModel as CachedModel
     from offramp.model import Prediction as Prediction
+    from offramp.optimizing import optimize as optimize
     from offramp.splitting import split as split
     from offramp.types import Certificate as Certificate
     from offramp.types import Evaluation as Evaluation
@@ -46,6 +50,7 @@ _HOME = {
     "fit": "fitting",
     "split": "splitting",
     "evaluate": "evaluation",
+    "optimize": "optimizing",
     "save": "artifact",
     "load": "artifact",
     "CachedModel": "model",
@@ -56,6 +61,7 @@ _HOME = {
     "Evaluation": "types",
     "OfframpError": "errors",
     "ArtifactError": "errors",
+    "BackendError": "errors",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "SplitError": "errors",

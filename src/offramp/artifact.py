@@ -57,6 +57,11 @@ def save(cached: CachedModel, path: str | os.PathLike[str]) -> None:
 
     The folder holds up to four of the example inputs that the backbone was split with, as they are.
     """
+    if cached.split_model.optimized:
+        raise InputError(
+            "an optimized model cannot be saved: its parts are programs for this machine, and its certificate is "
+            "theirs. Save the model that optimize() was given, and optimize it again after loading."
+        )
     target = Path(path).resolve()
     weights = safetensors.torch.save(_tensors(cached))
     manifest = _to_json(_manifest(cached, weights), indent=2)

@@ -69,7 +69,7 @@ def _choose(learned: Learned, tolerance: float, confidence_level: float) -> Cach
     if plan.caches:
         latency = _latency(cached, learned)
         if learned.method.rule == "certificate":  # a published rule is left as it is published
-            plan = _never_slower(plan, latency)
+            plan = never_slower(plan, latency)
             certificate = certificate if plan.caches else dataclasses.replace(certificate, errors=0, bound=0.0)
             cached = _assemble(candidates, trained, plan, certificate, costs)
     chosen = candidate if plan.caches else path[0]
@@ -186,7 +186,7 @@ def _latency(cached: CachedModel, learned: Learned) -> tuple[LatencyRatio, ...]:
         return compare_latency(cached, sample, BATCH_SIZES, budget_s=budget_s)
 
 
-def _never_slower(plan: Plan, latency: tuple[LatencyRatio, ...]) -> Plan:
+def never_slower(plan: Plan, latency: tuple[LatencyRatio, ...]) -> Plan:
     """The plan, switched off at the batch sizes where it was measured not to be faster; without caches if at all."""
     slower = tuple(ratio.batch_size for ratio in latency if ratio.mean >= 1)
     if len(slower) < len(latency):

@@ -257,6 +257,53 @@ def evaluate(
 
 
 @app.command()
+def optimize(
+    folder: Folder,
+    data: DataSpec,
+    *,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="eager, compile, aotinductor, onnxruntime or openvino; repeat it for several (default: all)"),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="The lowest allowed: float32, bfloat16 or int8")] = "float32",
+    model: OtherModel = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    column: Column = None,
+    transform: Transform = None,
+    size: Size = None,
+    tokenizer: Tokenizer = None,
+    max_length: MaxLength = None,
+    rows: Rows = None,
+    limit: Limit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a cached model on the fastest back ends of this machine, certify it on fresh DATA, and say what that brings.
+
+    Nothing is written: the parts are programs for this process. In Python, `offramp.optimize` returns the model.
+    """
+    with _output(as_json=as_json) as output:
+        import offramp
+        from offramp import report
+        from offramp.sources import load_stream
+
+        source = _source(folder)
+        given = _given(
+            batch_size=batch_size,
+            column=column,
+            transform=transform,
+            size=size,
+            tokenizer=tokenizer,
+            max_length=max_length,
+        )
+        stream = load_stream(data, dataclasses.replace(_options(given, source), rows=rows, limit=limit))
+        cached = _load(folder, source, model, device)
+        optimized = offramp.optimize(cached, stream, backends=backend, precision=precision)
+        output.document = optimized.report()
+        output.show(report.optimized_table(output.document))
+
+
+@app.command()
 def predict(
     folder: Folder,
     data: DataSpec,

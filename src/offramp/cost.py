@@ -95,6 +95,25 @@ def time_call(
         return _alternate(lambda: (_timed(call, wait)[0],), repeats=repeats, budget_s=budget_s)[0]
 
 
+def race(
+    calls: Sequence[Callable[[], object]], *, budget_s: float, synchronize: Callable[[], None]
+) -> tuple[Timing, ...]:
+    """Wall-clock times of several calls that are made in turn, so that a busy machine is as slow for all of them.
+
+    Each is made twice in a row and timed the second time: in use, it finds the memory caches full of its own data.
+    """
+
+    def turn() -> list[float]:
+        times_ms = []
+        for call in calls:
+            call()
+            times_ms.append(_timed(call, synchronize)[0])
+        return times_ms
+
+    with torch.inference_mode():
+        return _alternate(turn, budget_s=budget_s)
+
+
 def synchronizer(device: torch.device) -> Callable[[], None]:
     """A function that returns when all work queued on `device` is done; on the CPU it does nothing."""
     if device.type == "cpu":
@@ -255,8 +274,8 @@ def _stage_round(split: SplitModel, size: int) -> Callable[[], tuple[float, ...]
         for stage in split.stages:
             stage_ms, live = _timed(partial(stage, *live), wait)
             times_ms.append(stage_ms)
-        backbone_ms, _ = _timed(lambda: split.backbone(*batch.args, **batch.kwargs), wait)
-        return (*times_ms, backbone_ms)
+        full_ms, _ = _timed(lambda: split.full(*batch.args, **batch.kwargs), wait)
+        return (*times_ms, full_ms)
 
     return run
 
@@ -463,8 +482,8 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 def _lookup(cache: nn.Module, activation: Tensor, read_BC: Tensor) -> Callable[[], object]:
     """One call of a cache with its confidence."""
     read = read_BC if cache.reads is not None else None
-    confidence: Any = cache.confidence
-    return lambda: confidence(cache(activation, read), read)
+    look_up: Any = cache.look_up
+    return lambda: look_up(activation, read)
 
 
 def _last_leaf(split: SplitModel, batch: Batch) -> Tensor:

@@ -39,3 +39,7 @@ class ArtifactError(OfframpError):
 
 class MissingExtraError(OfframpError, ImportError):
     """An optional dependency is needed here and not installed; the message names the extra to install."""
+
+
+class BackendError(OfframpError):
+    """A part cannot be built for another runtime here; the message says what was tried and what the runtime said."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from offramp.errors import StreamError
 from offramp.model import CachedModel
 from offramp.placement import CacheCosts, oracle_cost
 from offramp.progress import bar
+from offramp.splitting import SplitModel
 from offramp.streams import Batch, concatenated, read_stream
+from offramp.tasks import Classification
 from offramp.types import Evaluation, LatencyRatio
 
 KEPT_ROWS = 512  # rows that latency is measured on, cycled through
@@ -63,7 +65,8 @@ def _without_result_cache(cached: CachedModel) -> CachedModel:
 def compare_latency(
     cached: CachedModel, sample: Batch, batch_sizes: Sequence[int], budget_s: float
 ) -> tuple[LatencyRatio, ...]:
-    """Cached against full model on real rows, call by call in turn, the device synchronised around every call."""
+    """Cached against full model on real rows, call by call in turn, the device synchronised around every call. The full
+    model runs on the back end that `optimize` found best for it, where that was called."""
     wait = synchronizer(cached.split_model.device)
     with torch.inference_mode():  # otherwise the full model alone would record for gradients
         return tuple(_compare_at(cached, sample, size, budget_s, wait) for size in batch_sizes)
@@ -72,22 +75,22 @@ def compare_latency(
 def _compare_at(
     cached: CachedModel, sample: Batch, size: int, budget_s: float, wait: Callable[[], None]
 ) -> LatencyRatio:
-    backbone = cached.split_model.backbone
+    full = cached.split_model.full
     cached_ms: list[float] = []
     full_ms: list[float] = []
     started, turn = time.perf_counter(), -3  # three rounds of warm-up
     while turn < 20 or time.perf_counter() - started < budget_s:
         first = (max(turn, 0) * size) % max(1, len(sample) - size + 1)
         batch = _rows_from(sample, first, size)
-        calls: list[tuple[Callable[..., Any], list[float]]] = [(cached, cached_ms), (backbone, full_ms)]
+        calls: list[tuple[Callable[..., Any], list[float]]] = [(cached, cached_ms), (full, full_ms)]
         for call, times in calls if turn % 2 else reversed(calls):  # neither always follows the other
             elapsed = _time_ms(call, batch, wait)
             if turn >= 0:
                 times.append(elapsed)
         turn += 1
     p50, p95 = (float(np.percentile(cached_ms, q) / np.percentile(full_ms, q)) for q in (50, 95))
-    full, ours = float(np.mean(full_ms)), float(np.mean(cached_ms))
-    return LatencyRatio(size, ours / full, p50, p95, full, ours)
+    mean_full_ms, mean_cached_ms = float(np.mean(full_ms)), float(np.mean(cached_ms))
+    return LatencyRatio(size, mean_cached_ms / mean_full_ms, p50, p95, mean_full_ms, mean_cached_ms)
 
 
 def _rows_from(sample: Batch, first: int, size: int) -> Batch:
@@ -173,21 +176,34 @@ def costs_at_exits(costs: CacheCosts) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.append(np.asarray(costs.before_K) + looked_up, backbone)
 
 
-def _full_answers(cached: CachedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(B,) the backbone's answers and (B, K) whether each cache agrees, every cache run on every row."""
-    split, task = cached.split_model, cached.task
-    live = split.flatten(batch)
-    said: dict[str, Tensor] = {}
-    answers = []
+class Said(NamedTuple):
+    """What the caches and the end say of a batch when nothing leaves early."""
+
+    confidence_BK: Tensor
+    answer_BK: Tensor
+    end_B: Tensor
+
+
+def say_all(split: SplitModel, caches: Sequence[Cache], task: Classification, batch: Batch) -> Said:
+    """Run every stage and every cache, these in the order in which a request meets them, on every row."""
+    live, logits = split.flatten(batch), dict[str, Tensor]()
+    confidences, answers = [], []
     for position, stage in enumerate(split.stages):
-        for module in cached.caches:
-            cache = cast(Cache, module)
-            if cache.point == split.points[position].name:
-                read = None if cache.reads is None else said[cache.reads]
-                said[cache.name] = cache(split.activation(position, live), read)
-                answers.append(task.answer(said[cache.name]))
+        for cache in (cache for cache in caches if cache.point == split.points[position].name):
+            read = None if cache.reads is None else logits[cache.reads]
+            logits[cache.name], confidence_B = cache.look_up(split.activation(position, live), read)
+            confidences.append(confidence_B)
+            answers.append(task.answer(logits[cache.name]))
         live = stage(*live)
-    full_B = task.answer(task.logits(live))
-    agrees = [task.agree(answer_B, full_B).cpu() for answer_B in answers]
-    empty = torch.zeros(len(batch), 0, dtype=torch.bool)
-    return full_B.cpu(), torch.stack(agrees, dim=1) if agrees else empty
+    end_B = task.answer(task.logits(live))
+    if not answers:
+        return Said(torch.empty(len(batch), 0), end_B.new_empty(len(batch), 0), end_B)
+    return Said(torch.stack(confidences, 1), torch.stack(answers, 1), end_B)
+
+
+def _full_answers(cached: CachedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(B,) the backbone's answers and (B, K) whether each cache agrees."""
+    split, task = cached.split_model, cached.task
+    said = say_all(split, [cast(Cache, cache) for cache in cached.caches], task, batch)
+    full_B = task.answer(task.logits(split.backbone_leaves(batch))) if split.optimized else said.end_B
+    return full_B.cpu(), task.agree(said.answer_BK, full_B[:, None]).cpu()

@@ -95,17 +95,14 @@ class CachedModel(nn.Module):
         if len(batch) and self.bypasses(len(batch)):
             self.split_model.flatten(batch)  # refuses the same inputs as with caches
             with torch.no_grad():
-                return self.split_model.backbone(*args, **kwargs)
+                return self.split_model.full(*args, **kwargs)
         return self.split_model.unflatten((self._route(batch).logits_BC,))
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The same, and per row where it left and how sure that cache was."""
         batch = _as_call(args, kwargs)
         results = self._result_cache
-        if results is not None:
-            routed = self._recall_or_route(batch, results)
-        else:
-            routed = self._route(batch, caches_on=not self.bypasses(len(batch)))
+        routed = self._answer(batch) if results is None else self._recall_or_route(batch, results)
         return Prediction(
             self.task.answer(routed.logits_BC),
             routed.left_at_B,
@@ -113,16 +110,25 @@ class CachedModel(nn.Module):
             self.split_model.unflatten((routed.logits_BC,)),
         )
 
+    def _answer(self, batch: Batch) -> _Routed:
+        """By the stages and caches or, where these do not pay, by the full model alone."""
+        if not len(batch) or not self.bypasses(len(batch)):
+            return self._route(batch)
+        self.split_model.flatten(batch)  # refuses the same inputs as with caches
+        with torch.no_grad():
+            return self._unanswered(len(batch), self.task.logits(self.split_model.full_leaves(batch)))
+
+    def _unanswered(self, rows: int, logits_BC: Tensor) -> _Routed:
+        """These logits, as long as no cache has answered."""
+        left_at_B = torch.full((rows,), len(self.plan.caches), device=self.split_model.device)
+        return _Routed(logits_BC.to(self._dtype), left_at_B, torch.ones(rows, device=self.split_model.device))
+
     @torch.no_grad()
-    def _route(self, batch: Batch, *, caches_on: bool = True) -> _Routed:
+    def _route(self, batch: Batch) -> _Routed:
         split = self.split_model
         live = split.flatten(batch)
         total = len(batch)
-        out = _Routed(
-            torch.empty(total, self._classes, dtype=self._dtype, device=split.device),
-            torch.full((total,), len(self.plan.caches), device=split.device),
-            torch.ones(total, device=split.device),
-        )
+        out = self._unanswered(total, torch.empty(total, self._classes, dtype=self._dtype, device=split.device))
         if total == 0:
             return out
         rows = torch.arange(total, device=split.device)  # the caller's numbers of the rows in `live`
@@ -131,7 +137,7 @@ class CachedModel(nn.Module):
         open_to_caches = waiting  # those that caches may still answer
         said: dict[str, Tensor] = {}  # logits of earlier caches that later ones read, row by row as in `live`
         for position, stage in enumerate(split.stages):
-            for slot in self._lookups[position] if caches_on else ():
+            for slot in self._lookups[position]:
                 if slot >= self._live_lookups:
                     break
                 answered = self._look_up(slot, split.activation(position, live), said)
@@ -167,8 +173,7 @@ class CachedModel(nn.Module):
         cache = cast(Cache, self.caches[slot])
         try:
             read = None if cache.reads is None else said[cache.reads]
-            logits = cache(activation, read)
-            confidence = cache.confidence(logits, read)
+            logits, confidence = cache.look_up(activation, read)
             if logits.shape != (len(activation), self._classes) or confidence.shape != (len(activation),):
                 raise ValueError(f"logits of shape {tuple(logits.shape)}, confidence of {tuple(confidence.shape)}")
             if logits.device != activation.device or confidence.device != activation.device:
@@ -187,7 +192,7 @@ class CachedModel(nn.Module):
         like = torch.empty(0, self._classes, dtype=self._dtype, device=self.split_model.device)
         recalled = results.recall(self.split_model.flatten(batch), (self._number, self.plan), like)
         rest = batch if recalled is None or len(recalled.run_A) == len(batch) else batch.rows(recalled.run_A)
-        routed = self._route(rest, caches_on=not self.bypasses(len(rest)))
+        routed = self._answer(rest)
         if recalled is None:
             return routed
         results.remember(recalled, routed.logits_BC, routed.confidence_B)

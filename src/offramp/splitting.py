@@ -7,9 +7,11 @@ share the backbone's parameters. Nothing about the backbone is changed, whether 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -82,6 +84,7 @@ class SplitModel:
             _point(graph, cut, position, self._activations[position]) for position, cut in enumerate(cuts)
         )
         ends = [*((cut.live, cut.order) for cut in cuts[1:]), (graph.outputs, len(graph.nodes))]
+        self._full: nn.Module | None = None  # all stages in a row, where that is not the backbone's own call
         self.stages: tuple[nn.Module, ...] = tuple(
             graph.stage(cut, results, stop) for cut, (results, stop) in zip(cuts, ends, strict=True)
         )
@@ -124,12 +127,67 @@ class SplitModel:
         """The tensors that the last stage returned, in the backbone's own output type."""
         return self._template.restore(leaves)
 
+    @property
+    def optimized(self) -> bool:
+        """Whether the stages run elsewhere than in the backbone's own modules."""
+        return self._full is not None
+
+    def full(self, *args: Any, **kwargs: Any) -> Any:
+        """The full model's own call, without caches."""
+        if self._full is None:
+            return self.backbone(*args, **kwargs)
+        return self.unflatten(self.full_leaves(Batch(args, kwargs)))
+
+    def full_leaves(self, batch: Batch) -> Sequence[Tensor]:
+        """The tensors of the full model's output."""
+        if self._full is None:
+            return self.backbone_leaves(batch)
+        leaves: Sequence[Tensor] = self._full(*self.flatten(batch))
+        return leaves
+
+    def backbone_leaves(self, batch: Batch) -> Sequence[Tensor]:
+        """The tensors of the output of the backbone itself, wherever the stages run."""
+        return self._template.rows_of(self.backbone(*batch.args, **batch.kwargs))
+
+    def merged(self, points: Collection[str]) -> SplitModel:
+        """The same backbone, cut at the input and at these of its points only: fewer, longer stages."""
+        kept = [0, *(point.position for point in self.points[1:] if point.name in points)]
+        ends = [*kept[1:], len(self.stages)]
+        model = copy.copy(self)
+        model.points = tuple(dataclasses.replace(self.points[k], position=i) for i, k in enumerate(kept))
+        model._activations = [self._activations[k] for k in kept]
+        model.stages = tuple(in_a_row(self.stages[k:end]) for k, end in zip(kept, ends, strict=True))
+        return model
+
+    def running_on(self, stages: Sequence[nn.Module], full: nn.Module) -> SplitModel:
+        """The same cuts with other modules for the same stages, and for all of them in a row."""
+        model = copy.copy(self)
+        model.stages, model._full = tuple(stages), full
+        return model
+
     def run(self, batch: Batch) -> Any:
         """The backbone's output, by running all stages in a row."""
         live = self.flatten(batch)
         for stage in self.stages:
             live = stage(*live)
         return self.unflatten(live)
+
+
+class _InARow(nn.Module):
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.training = self.stages.training = False  # its own mode only: those of the stages are the backbone's
+
+    def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
+        for stage in self.stages:
+            live = stage(*live)
+        return live
+
+
+def in_a_row(stages: Sequence[nn.Module]) -> nn.Module:
+    """Several stages as one."""
+    return stages[0] if len(stages) == 1 else _InARow(stages)
 
 
 @dataclass(frozen=True)

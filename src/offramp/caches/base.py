@@ -35,6 +35,11 @@ class Cache(nn.Module):
         """The same from an activation that is already reduced, as recordings hold it."""
         raise NotImplementedError
 
+    def look_up(self, activation: Tensor, read_BC: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C) logits and (B,) confidence: what a request asks for."""
+        logits_BC: Tensor = self(activation, read_BC)
+        return logits_BC, self.confidence(logits_BC, read_BC)
+
     def confidences(self) -> Mapping[str, Any]:
         """Fixed scores to choose the confidence from: name -> function from (B, C) logits to (B,) in [0, 1]."""
         return CONFIDENCES

@@ -46,6 +46,29 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def optimized_table(document: Document) -> RenderableType:
+    """Which back end each part of an optimized model runs on, what was left out, and how fast it is as a whole."""
+    optimized = document["optimized"]
+    parts = _table("Parts", "part", "rows", "back end", "precision", "time", "eager", "largest difference")
+    for part in optimized["parts"]:
+        times = milliseconds(part["ms"]), milliseconds(part["eager_ms"])
+        where = part["backend"], part["precision"]
+        parts.add_row(Text(part["part"]), str(part["rows"]), *where, *times, f"{part['difference']:.1e}")
+    shown: list[RenderableType] = [parts]
+    shown += [Text(f"left out: {why}", style="yellow") for why in optimized["left_out"]]
+    if optimized["latency"]:
+        shown.append(_latency(optimized["latency"], "Measured time of one call, both on their back ends"))
+    certificate, plan = document["certificate"], document["plan"]
+    if not plan["caches"]:
+        shown.append(Text(f"No caches: {plan['reason']}", style="yellow"))
+    else:
+        share = f"at most {percent(certificate['bound'])} of the answers differ from the full model in eager float32"
+        shown.append(
+            Text(f"Certified: {share} ({percent(certificate['confidence_level'], 0)} confidence)", style="green")
+        )
+    return Group(*shown)
+
+
 def _summary(document: Document) -> Panel:
     text = Text()
     if not wording.has_caches(document):
@@ -69,8 +92,8 @@ def _leaves(document: Document) -> Table:
     return table
 
 
-def _latency(measured: list[Mapping[str, Any]]) -> Table:
-    table = _table("Measured time of one call", "batch", "full model", "cached", "cached / full")
+def _latency(measured: list[Mapping[str, Any]], title: str = "Measured time of one call") -> Table:
+    table = _table(title, "batch", "full model", "cached", "cached / full")
     for row in measured:
         ratio = row["cached_ms"] / row["full_ms"]
         table.add_row(

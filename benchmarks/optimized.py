@@ -1,0 +1,182 @@
+"""ResNet-18 / CIFAR-10 on other back ends: which part runs where, what that does to the answers, and how fast it is.
+
+A model is fitted, certified at 1 % on 2,500 test images, and then optimized in each precision on the next 2,500, which
+calibrate, tune and certify it anew. The last 2,500 evaluate it. Four models are timed in one run, call by call in turn:
+the full and the cached model, in eager mode and on the back ends.
+
+    python benchmarks/optimized.py --out benchmarks/results/optimized_cifar10.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+
+import offramp
+from offramp.evaluation import evaluate
+from offramp.model import CachedModel
+from offramp.optimizing import PRECISIONS, TRIED, optimize
+from offramp.streams import Batch, concatenated, read_stream
+
+TOLERANCE, SIZES = 0.01, (1, 8, 32)
+LEAST_TURNS = 30
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="(default: all)")
+    parser.add_argument("--backends", nargs="+", default=list(TRIED), help=f"(default: {' '.join(TRIED)})")
+    parser.add_argument("--time-budget", type=float, default=1000, help="seconds for the fit (default 1000)")
+    parser.add_argument("--latency-budget", type=float, default=20, help="seconds per batch size (default 20)")
+    parser.add_argument("--fitted", type=Path, help="keep the fitted model in this folder, and take it from there")
+    parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
+    if not common.SHARED.exists():
+        parser.exit(0, "skipped: the data and models in ../shared are not there\n")
+    return parser.parse_args()
+
+
+def fitted(backbone: torch.nn.Module, transform: Callable[[Any], Any], folder: Path, budget_s: float) -> CachedModel:
+    if not folder.exists():
+        train = common.images("cifar10/train.parquet", transform, side=32)
+        offramp.save(
+            offramp.fit(
+                backbone,
+                train,
+                certify=fresh(transform, 0),
+                tolerance=TOLERANCE,
+                time_budget_s=budget_s,
+                progress=False,
+            ),
+            folder,
+        )
+    return offramp.load(folder, backbone)
+
+
+def fresh(transform: Callable[[Any], Any], third: int) -> common.Images:
+    """One of three parts of the test images."""
+    return common.images("cifar10/test.parquet", transform, side=32, seed=0).rows(
+        slice(2500 * third, 2500 * third + 2500)
+    )
+
+
+def timed(models: dict[str, Callable[..., Any]], sample: Batch, budget_s: float) -> list[dict[str, Any]]:
+    """Mean, p50 and p95 in milliseconds of one call, per model and batch size."""
+    rows = []
+    for size in SIZES:
+        times_ms: dict[str, list[float]] = {name: [] for name in models}
+        started, turn = time.perf_counter(), 0
+        while turn < LEAST_TURNS or time.perf_counter() - started < budget_s:
+            first = turn * size % (len(sample) - size)
+            batch = sample.rows(slice(first, first + size))
+            for name, call in models.items():
+                begun = time.perf_counter()
+                call(*batch.args, **batch.kwargs)
+                times_ms[name].append((time.perf_counter() - begun) * 1000)
+            turn += 1
+        for name, values in times_ms.items():
+            p50, p95 = np.percentile(values, (50, 95))
+            rows.append({"batch_size": size, "model": name, "mean_ms": np.mean(values), "p50_ms": p50, "p95_ms": p95})
+    return rows
+
+
+def row(
+    cached: CachedModel, again: common.Images, held_out: common.Images, precision: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    started = time.monotonic()
+    optimized = optimize(cached, again, backends=options.backends, precision=precision, progress=False)
+    seconds = time.monotonic() - started
+    evaluation = evaluate(optimized, held_out, batch_sizes=())
+    models: dict[str, Callable[..., Any]] = {
+        "full, eager": cached.split_model.full,
+        "cached, eager": cached,
+        "full, optimized": optimized.split_model.full,
+        "cached, optimized": optimized,
+    }
+    with torch.inference_mode():
+        latency = timed(models, concatenated(list(read_stream(held_out))), options.latency_budget)
+    return {
+        "precision": precision,
+        "seconds": seconds,
+        **optimized.summary["optimized"],
+        "plan": optimized.plan.to_json(),
+        "certificate": asdict(optimized.certificate),
+        "evaluation": evaluation.to_json(),
+        "latency": latency,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| lowest precision | disagree, measured | certified | FLOPs | batch | full eager ms | of it: cached eager "
+        "| full | cached | cached over full: mean | p95 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in rows:
+        low, high = one["evaluation"]["interval"]
+        differ = f"{100 * one['evaluation']['disagreement']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+        bound = f"{100 * one['certificate']['bound']:.2f} %" if one["plan"]["caches"] else "no caches"
+        for size in SIZES:
+            at = {entry["model"]: entry for entry in one["latency"] if entry["batch_size"] == size}
+            eager_ms = at["full, eager"]["mean_ms"]
+            shares = [
+                at[name]["mean_ms"] / eager_ms for name in ("cached, eager", "full, optimized", "cached, optimized")
+            ]
+            both = at["cached, optimized"], at["full, optimized"]
+            mean, p95 = (both[0][key] / both[1][key] for key in ("mean_ms", "p95_ms"))
+            lines.append(
+                f"| {one['precision']} | {differ} | {bound} | {one['evaluation']['flops_ratio']:.2f} | {size} "
+                f"| {eager_ms:.1f} | {' | '.join(f'{share:.2f}' for share in shares)} | {mean:.2f} | {p95:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def parts(rows: list[dict[str, Any]]) -> str:
+    """Which part runs where, and what was left out."""
+    lines = [
+        "| lowest precision | part | rows | back end | ms | eager ms | largest difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in rows:
+        for part in one["parts"]:
+            where = f"{part['backend']}, {part['precision']}"
+            lines.append(
+                f"| {one['precision']} | {part['part']} | {part['rows']} | {where} | {part['ms']:.2f} "
+                f"| {part['eager_ms']:.2f} | {part['difference']:.1e} |"
+            )
+    left_out = [f"- {one['precision']}: {why}" for one in rows for why in one["left_out"]]
+    empty = [f"- {one['precision']}: {one['plan']['reason']}" for one in rows if not one["plan"]["caches"]]
+    lines += ["", "Left out:", "", *left_out] if left_out else []
+    lines += ["", "Without caches:", "", *empty] if empty else []
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments()
+    zoo = common.zoo()
+    backbone = zoo.resnet18_cifar10()
+
+    def transform(x: Any) -> Any:
+        return zoo.normalize(x, "cifar10")
+
+    with tempfile.TemporaryDirectory() as temporary:
+        cached = fitted(backbone, transform, options.fitted or Path(temporary, "cached"), options.time_budget)
+        rows = []
+        for precision in options.precisions:
+            rows.append(row(cached, fresh(transform, 1), fresh(transform, 2), precision, options))
+            print(table(rows), file=sys.stderr, flush=True)
+    print(table(rows) + "\n\n" + parts(rows))
+    common.finish(common.document("ResNet-18 / CIFAR-10 on other back ends", rows), options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Models on other back ends: the right parts, the same answers, an honest certificate. The back ends are made up here;
+real ones have tests of their own, and one slow test at the end."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp import optimizing
+from offramp.artifact import save
+from offramp.backends import BACKENDS, Backend
+from offramp.backends.base import Job
+from offramp.caches import Cache, Reduction
+from offramp.cost import flop_shares
+from offramp.errors import InputError, StreamError
+from offramp.model import CachedModel
+from offramp.optimizing import Fastest, optimize
+from offramp.splitting import split
+from offramp.streams import Batch
+from offramp.types import Certificate, PlannedCache, Timing
+
+TOLERANCE, ROWS = 0.05, 700
+CERTIFICATE = Certificate(TOLERANCE, 0.95, 1000, 0, 0.003, "by hand", 1, "", "", "2026-01-01")
+
+
+class Knows(Cache):
+    """A cache that says what the backbone would."""
+
+    kind: ClassVar[str] = "knows"
+
+    def __init__(self, name: str, point: str, rest: nn.Module) -> None:
+        super().__init__(name, point, Reduction())
+        self.rest = rest
+
+    def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.rest(feature.float())
+        return logits
+
+
+def make() -> CachedModel:
+    torch.manual_seed(0)
+    backbone = models.mlp().eval()
+    split_model = split(backbone, torch.randn(4, 6), points=["1", "3"])
+    caches = [Knows("early", "1", backbone[2:]), Knows("late", "3", backbone[4:])]
+    cached = models.cached_model(split_model)
+    cached.plan = dataclasses.replace(
+        cached.plan, caches=tuple(PlannedCache(cache.name, cache.point, 0.9, "max_softmax", 0.5) for cache in caches)
+    )
+    table = dataclasses.replace(
+        cached.costs,
+        caches=tuple(dataclasses.replace(models.part(cache.name, 0.1), flops=1.0) for cache in caches),
+        cache_points=(1, 2),
+    )
+    return CachedModel(split_model, caches, cached.plan, CERTIFICATE, table, task=cached.task, summary={"a": 1})
+
+
+def stream(rows: int = ROWS, seed: int = 3) -> list[Tensor]:
+    return list(torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed)).split(100))
+
+
+class Rows:
+    """The module, with what it says in some rows turned round: the sign of everything."""
+
+    stored_bytes = 0
+
+    def __init__(self, job: Job, wrong: Callable[[Tensor], Tensor]) -> None:
+        self.job, self.wrong = job, wrong
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        output = self.job.module(*inputs)
+        outputs = (output,) if isinstance(output, Tensor) else output
+        wrong = self.wrong(inputs[0])
+        return [torch.where(wrong.view(-1, *(1,) * (one.ndim - 1)), -one, one) for one in outputs]
+
+
+class Fake(Backend):
+    """Wrong in the rows that `wrong` names, in these precisions; called faster than all others."""
+
+    name = "fake"
+    precisions = ("float32", "int8")
+
+    def __init__(self, **wrong: Callable[[Tensor], Tensor]) -> None:
+        self.wrong, self.calls = wrong, list[tuple[str, int | None, int]]()
+
+    def missing(self) -> str | None:
+        return None
+
+    def program(self, job: Job) -> Any:
+        rows = sum(len(given[0]) for given in job.calibration)
+        self.calls.append((job.precision, job.static_rows, rows))
+        which = job.precision if job.static_rows is None else f"{job.precision}_static"
+        return Rows(job, self.wrong.get(which, self.wrong.get(job.precision, nowhere)))
+
+
+def nowhere(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.bool)
+
+
+def somewhere(share: float) -> Callable[[Tensor], Tensor]:
+    """As good as random, and the same for the same row."""
+    return lambda x: (x.flatten(1).double().sum(1) * 1e4).frac().abs() < share
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """The last to be built is the fastest, and time counts as FLOPs do."""
+    backend = Fake()
+
+    def race(calls: Sequence[Any], **_: Any) -> list[Timing]:
+        for call in calls:
+            call()
+        return [Timing(1 / (1 + k), 0.0, 1.0) for k in range(len(calls))]
+
+    monkeypatch.setitem(BACKENDS, "fake", backend)
+    monkeypatch.setattr(optimizing, "race", race)
+    monkeypatch.setattr(optimizing, "shares", flop_shares)
+    monkeypatch.setattr(optimizing, "never_slower", lambda plan, latency: plan)
+    monkeypatch.setattr(optimizing, "COSTS_S", 0.05)
+    monkeypatch.setattr(optimizing, "LATENCY_S", 0.01)
+    return backend
+
+
+def run(cached: CachedModel, **options: Any) -> CachedModel:
+    return optimize(cached, stream(), **{"backends": ["fake"], "progress": False, **options})
+
+
+def test_every_part_runs_on_the_fastest_back_end_and_answers_as_before(fake: Fake) -> None:
+    cached = make()
+    before = copy.deepcopy(cached.plan), cached.split_model.stages
+    optimized = run(cached)
+    parts = optimized.summary["optimized"]["parts"]
+    assert {(part["part"], part["rows"]) for part in parts} == {
+        (name, rows) for name in ("full model", "input to 1", "cache early", "1 to the end") for rows in (1, 32)
+    }, "the later cache is not worth a cut"
+    assert {part["backend"] for part in parts} == {"fake"}
+    assert optimized.summary["a"] == 1
+    assert [cache.name for cache in optimized.plan.caches] == ["early"], "it knows all that the later one does"
+    x = torch.cat(stream(200, seed=9))
+    for rows in (slice(0, 1), slice(0, 200)):
+        torch.testing.assert_close(optimized(x[rows]), models.plain(cached, x[rows]), rtol=1e-2, atol=1e-2)
+        assert optimized.predict(x[rows]).left_at_B.float().mean() < 1, "caches answer"
+    assert (cached.plan, cached.split_model.stages) == before, "the model that it was made of is as it was"
+
+
+def test_the_certificate_counts_distinct_rows_that_calibrate_and_tune_nothing(fake: Fake) -> None:
+    certificate = run(make()).certificate
+    rest = ROWS - optimizing.CALIBRATION_ROWS
+    assert certificate.n == rest - int(rest * optimizing.TUNE_SHARE)
+    assert (certificate.tolerance, certificate.confidence_level) == (TOLERANCE, 0.95)
+    assert certificate.bound <= TOLERANCE
+    assert certificate.data_fingerprint != CERTIFICATE.data_fingerprint
+    twice = optimize(make(), [*stream(), *stream()], backends=["fake"], progress=False).certificate
+    assert (twice.n, twice.data_fingerprint) == (certificate.n, certificate.data_fingerprint)
+
+
+def test_a_back_end_that_fails_is_left_out_with_a_line(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(job: Job) -> Any:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(fake, "program", fails)
+    optimized = run(make())
+    assert len(optimized.summary["optimized"]["left_out"]) == 7
+    assert "no kernel for this" in optimized.summary["optimized"]["left_out"][0]
+    assert {part["backend"] for part in optimized.summary["optimized"]["parts"]} == {"eager"}
+    assert optimized.plan.caches
+
+
+def test_a_back_end_that_differs_in_float32_is_left_out_with_a_line(fake: Fake) -> None:
+    fake.wrong["float32"] = somewhere(0.1)
+    optimized = run(make())
+    assert "differs from eager by" in optimized.summary["optimized"]["left_out"][0]
+    assert {part["backend"] for part in optimized.summary["optimized"]["parts"]} == {"eager"}
+
+
+def test_lower_precision_is_used_only_where_it_is_allowed(fake: Fake) -> None:
+    assert {precision for precision, _, _ in _calls(fake, "float32")} == {"float32"}
+    assert {precision for precision, _, _ in _calls(fake, "int8")} == {"float32", "int8"}
+    assert {rows for _, _, rows in fake.calls} == {optimizing.CALIBRATION_ROWS}
+
+
+def _calls(fake: Fake, precision: str) -> list[tuple[str, int | None, int]]:
+    run(make(), precision=precision)
+    return fake.calls
+
+
+def test_what_the_full_model_loses_in_lower_precision_counts_as_disagreement(fake: Fake) -> None:
+    fake.wrong["int8"] = lambda x: somewhere(0.02)(x) & (x.shape[1] == 6)  # parts on the input: stage 0, full model
+    optimized = run(make(), precision="int8")
+    certificate = optimized.certificate
+    assert 0 < certificate.errors < TOLERANCE * certificate.n
+    x = torch.cat(stream(3000, seed=11))
+    differs = (optimized.predict(x).answer_B != models.plain(make(), x).argmax(1)).double().mean()
+    assert 0 < differs <= TOLERANCE
+
+
+def test_a_precision_in_which_the_full_model_loses_too_much_is_left_out_of_every_part(fake: Fake) -> None:
+    fake.wrong["int8"] = lambda x: somewhere(0.3)(x) & (x.shape[1] == 6)
+    optimized = run(make(), precision="int8")
+    (why,) = optimized.summary["optimized"]["left_out"]
+    assert why.startswith("fake in int8: the full model answers ")
+    assert {part["precision"] for part in optimized.summary["optimized"]["parts"]} == {"float32"}
+    assert [precision for precision, *_ in fake.calls].count("int8") == 1, "nothing else is built in it"
+    assert optimized.plan.caches
+
+
+def test_a_full_model_that_cannot_be_certified_runs_in_float32(fake: Fake) -> None:
+    """Here because it is wrong for one row alone, which the sample does not show."""
+    fake.faster_static = True  # type: ignore[misc]
+    fake.wrong = {"int8": nowhere, "int8_static": lambda x: somewhere(0.3)(x) & (x.shape[1] == 6)}
+    cached = make()
+    optimized = run(cached, precision="int8")
+    assert optimized.plan.caches == ()
+    assert "float32" in optimized.plan.reason
+    x = torch.cat(stream(300, seed=9))
+    torch.testing.assert_close(optimized(x), models.plain(cached, x))
+    torch.testing.assert_close(optimized(x[:1]), models.plain(cached, x[:1]))
+
+
+def test_caches_that_lose_too_much_are_off_and_the_full_model_is_still_fast(fake: Fake) -> None:
+    def wrong(x: Tensor) -> Tensor:
+        return torch.full((len(x),), x.shape[1] == 32)  # everything but stage 0 and the full model
+
+    fake.wrong["int8"] = wrong
+    optimized = run(make(), precision="int8")
+    assert optimized.plan.caches == ()
+    assert optimized.certificate.errors == 0
+    assert optimized.bypasses(1)
+
+
+def test_an_optimized_model_can_be_copied_and_not_saved(fake: Fake, tmp_path: Any) -> None:
+    optimized = run(make())
+    x = torch.randn(5, 6)
+    assert torch.equal(copy.deepcopy(optimized)(x), optimized(x))
+    with pytest.raises(InputError, match="cannot be saved"):
+        save(optimized, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(InputError, match="optimized already"):
+        run(optimized)
+
+
+def test_arguments_that_do_not_fit(fake: Fake) -> None:
+    with pytest.raises(InputError, match="unknown backend 'tensorrt'; known: eager, "):
+        run(make(), backends=["tensorrt"])
+    with pytest.raises(InputError, match="unknown precision 'fp8'; known: float32, bfloat16, int8"):
+        run(make(), precision="fp8")
+    with pytest.raises(StreamError, match="empty"):
+        optimize(make(), [], backends=["fake"])
+    with pytest.raises(StreamError, match="at least 59 are needed"):
+        optimize(make(), stream(300), backends=["fake"])
+    assert fake.calls == [], "found before anything is built"
+
+
+def test_a_missing_back_end_is_left_out(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake, "missing", lambda: "fakelib not installed; run: pip install fakelib")
+    assert "pip install fakelib" in run(make()).summary["optimized"]["left_out"][0]
+
+
+def test_a_model_without_caches_gets_the_fastest_full_model(fake: Fake) -> None:
+    cached = models.cached_model(make().split_model)
+    cached.certificate = CERTIFICATE
+    optimized = run(cached)
+    assert [part["part"] for part in optimized.summary["optimized"]["parts"]] == [
+        *("full model",) * 2,
+        *("input to the end",) * 2,
+    ]
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(optimized(x), models.plain(cached, x))
+
+
+def test_one_row_and_more_take_their_own_programs() -> None:
+    said = Fastest(lambda x: "one", lambda x: "many")
+    assert [said(torch.zeros(rows, 2)) for rows in (1, 2, 32)] == ["one", "many", "many"]
+
+
+def test_merged_stages_give_the_same_answers() -> None:
+    split_model = make().split_model
+    x = torch.randn(5, 6)
+    for names in ([], ["1"], ["3"], ["1", "3"]):
+        merged = split_model.merged(names)
+        assert [point.name for point in merged.points] == ["input", *names]
+        assert [point.position for point in merged.points] == list(range(len(names) + 1))
+        assert torch.equal(merged.run(Batch((x,))), split_model.run(Batch((x,))))
+        live = merged.flatten(Batch((x,)))
+        for position, stage in enumerate(merged.stages):
+            assert merged.activation(position, live).shape[1:] == merged.points[position].shape
+            live = stage(*live)
+    assert [point.position for point in split_model.points] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_real_back_ends_in_float32_answer_as_the_backbone() -> None:
+    cached = make()
+    optimized = optimize(cached, stream(), progress=False)
+    x = torch.cat(stream(500, seed=9))
+    assert (optimized.predict(x).answer_B == models.plain(cached, x).argmax(1)).double().mean() >= 1 - TOLERANCE
+    for part in optimized.summary["optimized"]["parts"]:
+        assert part["difference"] < 1e-4
+        assert part["ms"] <= part["eager_ms"]
