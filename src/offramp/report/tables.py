@@ -49,11 +49,11 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
 def optimized_table(document: Document) -> RenderableType:
     """Which back end each part of an optimized model runs on, what was left out, and how fast it is as a whole."""
     optimized = document["optimized"]
-    parts = _table("Parts", "part", "rows", "back end", "precision", "time", "eager", "largest difference")
+    parts = _table("Parts", "part", "rows", "back end", "time", "eager", "difference")
     for part in optimized["parts"]:
         times = milliseconds(part["ms"]), milliseconds(part["eager_ms"])
-        where = part["backend"], part["precision"]
-        parts.add_row(Text(part["part"]), str(part["rows"]), *where, *times, f"{part['difference']:.1e}")
+        where = f"{part['backend']} {part['precision']}"
+        parts.add_row(Text(part["part"]), str(part["rows"]), where, *times, f"{part['difference']:.0e}")
     shown: list[RenderableType] = [parts]
     shown += [Text(f"left out: {why}", style="yellow") for why in optimized["left_out"]]
     if optimized["latency"]:
