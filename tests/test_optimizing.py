@@ -24,7 +24,7 @@ from offramp.model import CachedModel
 from offramp.optimizing import Fastest, optimize
 from offramp.splitting import split
 from offramp.streams import Batch
-from offramp.types import Certificate, PlannedCache, Timing
+from offramp.types import Certificate, Plan, PlannedCache, Timing
 
 TOLERANCE, ROWS = 0.05, 700
 CERTIFICATE = Certificate(TOLERANCE, 0.95, 1000, 0, 0.003, "by hand", 1, "", "", "2026-01-01")
@@ -198,6 +198,17 @@ def test_what_the_full_model_loses_in_lower_precision_counts_as_disagreement(fak
     x = torch.cat(stream(3000, seed=11))
     differs = (optimized.predict(x).answer_B != models.plain(make(), x).argmax(1)).double().mean()
     assert 0 < differs <= TOLERANCE
+
+
+def test_without_caches_the_certificate_is_that_of_the_full_model(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.wrong["int8"] = lambda x: somewhere(0.02)(x) & (x.shape[1] == 6)
+    monkeypatch.setattr(optimizing, "never_slower", lambda plan, latency: Plan(reason="not faster"))
+    optimized = run(make(), precision="int8")
+    certificate = optimized.certificate
+    assert optimized.plan.caches == ()
+    assert 0 < certificate.errors < TOLERANCE * certificate.n
+    x = torch.cat(stream(3000, seed=11))
+    assert not torch.equal(optimized(x).argmax(1), models.plain(make(), x).argmax(1)), "it is in lower precision"
 
 
 def test_a_precision_in_which_the_full_model_loses_too_much_is_left_out_of_every_part(fake: Fake) -> None:

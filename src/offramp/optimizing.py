@@ -101,14 +101,12 @@ def optimize(
         kept = _worthwhile(cached, layout, rows)
         if len(kept) < len(layout.caches):  # fewer caches cut the model into fewer, longer parts
             layout = parts.layout(kept)
-        model = _certified(cached, layout, parts.full_float32, rows, progress=progress)
+        model, of_full_model = _certified(cached, layout, parts.full_float32, rows, progress=progress)
         latency: tuple[LatencyRatio, ...] = ()
         if model.plan.caches:
             latency = compare_latency(model, sample, BATCH_SIZES, LATENCY_S)
             plan = never_slower(model.plan, latency)
-            certificate = model.certificate
-            certificate = certificate if plan.caches else dataclasses.replace(certificate, errors=0, bound=0.0)
-            model = _assembled(cached, layout, plan, certificate)
+            model = _assembled(cached, layout, plan, model.certificate if plan.caches else of_full_model)
     model.summary["optimized"] = {
         "precision": precision,
         "parts": [asdict(choice) for choice in parts.choices_of(layout)],
@@ -199,7 +197,7 @@ class OptimizedCache(Cache):
     def __init__(self, cache: Cache, look_up: nn.Module) -> None:
         super().__init__(cache.name, cache.point, cache.reduction, cache.reads)
         self.original, self._look_up = cache, (look_up,)
-        self.kind, self.confidence_name, self.selector = cache.kind, cache.confidence_name, cache.selector  # type: ignore[misc]
+        self.use_confidence(cache.confidence_name, cache.selector)
         self.training = False
 
     def feature(self, activation: Tensor) -> Tensor:
@@ -467,8 +465,8 @@ def _worthwhile(cached: CachedModel, layout: _Layout, rows: _Rows) -> list[str]:
 
 def _certified(
     cached: CachedModel, layout: _Layout, full_float32: nn.Module, rows: _Rows, *, progress: bool
-) -> CachedModel:
-    """The cheapest plan that passes, or the full model in float32 where nothing does.
+) -> tuple[CachedModel, Certificate]:
+    """The cheapest plan that passes, or the full model in float32 where nothing does; and the full model's certificate.
 
     One sequence of hypotheses: the full model for one row, for many; then each plan for one row, for many. All up to
     the first that fails hold together, so it does not matter which of the programs answers a request.
@@ -485,12 +483,11 @@ def _certified(
     n = len(rows.batch) - rows.tune
     verdict = certify(errors, n, tolerance, level)
     last = (verdict.index + 1) // len(said) - 1
-    worst = max(errors[len(said) * last : len(said) * (last + 1)]) if last >= 0 else 0
-    certificate = dataclasses.replace(
+    recounted = dataclasses.replace(
         cached.certificate,
         n=n,
-        errors=worst,
-        bound=upper_bound(worst, n, level) if last >= 0 else 0.0,
+        errors=0,
+        bound=0.0,
         procedure="fixed-sequence testing of one row and of many, exact binomial bound",
         candidates_tested=verdict.candidates_tested,
         data_fingerprint=rows.fingerprint,
@@ -500,8 +497,14 @@ def _certified(
     if last < 0:
         layout = dataclasses.replace(layout, split=layout.split.running_on(layout.split.stages, full_float32))
         why = "the full model itself could not be certified in lower precision, so it runs in float32, without caches"
-        return _assembled(cached, layout, Plan(reason=f"{why}. {verdict.advice}"), certificate)
-    return _assembled(cached, layout, _plan(cached, layout, path[last], verdict.advice), certificate)
+        return _assembled(cached, layout, Plan(reason=f"{why}. {verdict.advice}"), recounted), recounted
+
+    def certificate(tested: int) -> Certificate:
+        worst = max(errors[len(said) * tested : len(said) * (tested + 1)])
+        return dataclasses.replace(recounted, errors=worst, bound=upper_bound(worst, n, level))
+
+    plan = _plan(cached, layout, path[last], verdict.advice)
+    return _assembled(cached, layout, plan, certificate(last)), certificate(0)
 
 
 def _plan(cached: CachedModel, layout: _Layout, candidate: Candidate, advice: str) -> Plan:
