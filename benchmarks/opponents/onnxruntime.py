@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.backends.onnxruntime import quantize, session
 from opponents.base import Built, Case, Opponent, numpy_inputs
 
 CALIBRATION_BATCH = 20
@@ -19,15 +20,7 @@ class Session:
     """An ONNX file behind the backbone's call, on as many threads as torch has."""
 
     def __init__(self, file: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Otherwise its threads keep the cores busy after a call, at the cost of the full model that is timed next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._session = session(file)
         self._names = [given.name for given in self._session.get_inputs()]
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -52,39 +45,21 @@ def int8(case: Case, _tolerance: float | None) -> Built:
 
 def quantise(case: Case, file: Path) -> tuple[Path, str]:
     """The INT8 file beside `file`, and how it was made."""
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared, quantised = file.with_suffix(".prepared.onnx"), file.with_suffix(".int8.onnx")
-    # Below 8 bits where products of unsigned activations and signed weights would overflow 16 bits.
-    reduce_range = not has_vnni()
+    dynamic = not case.split_model.points[0].dtype.is_floating_point
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises, through the root logger, what is done here
     try:
         quant_pre_process(str(file), str(prepared))
-        if not case.split_model.points[0].dtype.is_floating_point:
-            quantize_dynamic(str(prepared), str(quantised), per_channel=True, reduce_range=reduce_range)
-            return quantised, "dynamic, per channel"
-        quantize_static(
-            str(prepared),
-            str(quantised),
-            _reader(case, prepared),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+        quantize(prepared, quantised, None if dynamic else _reader(case, prepared))
     finally:
         root.setLevel(level)
+    if dynamic:
+        return quantised, "dynamic, per channel"
     return quantised, f"static QDQ, per channel, {len(case.calibration)} training inputs"
-
-
-def has_vnni() -> bool:
-    """Whether this CPU adds up 8-bit products in 32 bits."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_vnni") or found.get("avx_vnni") or found.get("amx_int8"))
 
 
 def _reader(case: Case, file: Path) -> Any:

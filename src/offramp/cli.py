@@ -237,9 +237,7 @@ def evaluate(
     with _output(as_json=as_json) as output:
         import offramp
         from offramp import report
-        from offramp.sources import load_stream
 
-        source = _source(folder)
         given = _given(
             batch_size=batch_size,
             column=column,
@@ -248,8 +246,7 @@ def evaluate(
             tokenizer=tokenizer,
             max_length=max_length,
         )
-        stream = load_stream(data, dataclasses.replace(_options(given, source), rows=rows, limit=limit))
-        cached = _load(folder, source, model, device)
+        cached, stream = _opened(folder, data, model, device, given, rows=rows, limit=limit)
         evaluation = offramp.evaluate(cached, stream).to_json()
         output.show(report.evaluation_table(evaluation))
         _write_page(output, {**cached.report(), "evaluation": evaluation}, html)
@@ -285,9 +282,7 @@ def optimize(
     with _output(as_json=as_json) as output:
         import offramp
         from offramp import report
-        from offramp.sources import load_stream
 
-        source = _source(folder)
         given = _given(
             batch_size=batch_size,
             column=column,
@@ -296,8 +291,7 @@ def optimize(
             tokenizer=tokenizer,
             max_length=max_length,
         )
-        stream = load_stream(data, dataclasses.replace(_options(given, source), rows=rows, limit=limit))
-        cached = _load(folder, source, model, device)
+        cached, stream = _opened(folder, data, model, device, given, rows=rows, limit=limit)
         optimized = offramp.optimize(cached, stream, backends=backend, precision=precision)
         output.document = optimized.report()
         output.show(report.optimized_table(output.document))
@@ -323,9 +317,6 @@ def predict(
 ) -> None:
     """Answer DATA with a cached model; say where each request left."""
     with _output(as_json=as_json) as output:
-        from offramp.sources import load_stream
-
-        source = _source(folder)
         given = _given(
             batch_size=batch_size,
             column=column,
@@ -334,8 +325,8 @@ def predict(
             tokenizer=tokenizer,
             max_length=max_length,
         )
-        stream = load_stream(data, dataclasses.replace(_options(given, source), rows=rows, limit=limit))
-        predictions = list(_predictions(_load(folder, source, model, device), stream))
+        cached, stream = _opened(folder, data, model, device, given, rows=rows, limit=limit)
+        predictions = list(_predictions(cached, stream))
         if out is not None:
             _write_lines(out, predictions)
             output.say(f"{len(predictions)} answers written to {out}")
@@ -470,6 +461,24 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _source(folder: Path) -> dict[str, Any]:
     """What `fit` noted about model and data; empty for an artefact that was not saved by the shell."""
     return dict(_manifest(folder)["summary"].get("source") or {})
+
+
+def _opened(
+    folder: Path,
+    data: str,
+    model: str | None,
+    device: str | None,
+    given: Mapping[str, Any],
+    *,
+    rows: str | None,
+    limit: int | None,
+) -> tuple[CachedModel, Any]:
+    """A fitted model, and DATA as a stream, read as the user says now or said at `fit`."""
+    from offramp.sources import load_stream
+
+    source = _source(folder)
+    stream = load_stream(data, dataclasses.replace(_options(given, source), rows=rows, limit=limit))
+    return _load(folder, source, model, device), stream
 
 
 def _load(folder: Path, source: Mapping[str, Any], model: str | None, device: str | None) -> CachedModel:

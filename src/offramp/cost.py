@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from offramp.errors import InputError
 from offramp.types import CostTable, FloatArray, PartCost, RoutingCost, Timing
+from offramp.unfused import unfused_transformer_layers
 
 if TYPE_CHECKING:
     from offramp.splitting import SplitModel
@@ -418,20 +419,9 @@ _MORE_FLOPS = {
 
 def _counted(call: Callable[[], T]) -> tuple[float, T]:
     counter = FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
-    with _unfused_transformer_layers(), counter:
+    with unfused_transformer_layers(), counter:
         result = call()
     return float(counter.get_total_flops()), result
-
-
-@contextmanager
-def _unfused_transformer_layers() -> Iterator[None]:
-    """In eval mode torch runs a whole nn.TransformerEncoderLayer as one operation, which counts nothing."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _flops_per_row(split: SplitModel) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from offramp.backends.form import Form
+from offramp.unfused import unfused_transformer_layers
 
 # These speak of operators of torchvision that no model here has, of caches on disk that are not used, and, the root
 # logger, of what is done anyway.
@@ -47,7 +48,7 @@ def exported(module: nn.Module, form: Form, inputs: Sequence[Tensor], *, any_row
     core = Core(replica(module), form)
     rows = torch.export.Dim("rows")
     shapes = (tuple({0: rows} for _ in inputs),) if any_rows else None
-    with _plain_transformer_layers():
+    with unfused_transformer_layers():
         program = torch.export.export(core, tuple(inputs), dynamic_shapes=shapes, strict=False)
     for node in list(program.graph.nodes):
         # Checks of the exporter's on its own trace; under autocast the types are others.
@@ -91,14 +92,3 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
-
-
-@contextlib.contextmanager
-def _plain_transformer_layers() -> Iterator[None]:
-    """In eval mode torch runs a whole nn.TransformerEncoderLayer as one operation, which no other runtime has."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

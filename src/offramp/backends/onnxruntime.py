@@ -57,19 +57,26 @@ def _load() -> None:
             os.environ[_NO_TELEMETRY] = before
 
 
+def session(model: bytes | Path) -> Any:
+    """An `onnxruntime.InferenceSession` of an ONNX model or file, on the CPU and on as many threads as torch has."""
+    _load()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Otherwise its threads keep the cores busy after a call, at the cost of whatever others run next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    given = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
 class _Session:
-    """An ONNX model on as many threads as torch has. Sessions may be run by several threads at once."""
+    """An ONNX model as a program. Sessions may be run by several threads at once."""
 
     def __init__(self, model: bytes) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Otherwise its threads keep the cores busy after a call, at the cost of the stages and caches run by others.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._session = session(model)
         self._inputs = [(given.name, int(given.name[1:])) for given in self._session.get_inputs()]
         self.stored_bytes = len(model)
 
@@ -82,30 +89,36 @@ class _Session:
 
 
 def _quantised(model: bytes, job: Job, names: Sequence[str], *, dynamic: bool) -> bytes:
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # Below 8 bits where products of unsigned activations and signed weights would overflow 16 bits.
-    reduce_range = not _has_vnni()
     with tempfile.TemporaryDirectory() as folder:
         plain, prepared, quantised = (Path(folder, f"{step}.onnx") for step in ("plain", "prepared", "int8"))
         plain.write_bytes(model)
         # ONNX's own inference finds all shapes; ONNX Runtime's symbolic one fails on some operators.
         quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
-        if dynamic:
-            quantize_dynamic(str(prepared), str(quantised), per_channel=True, reduce_range=reduce_range)
-        else:
-            quantize_static(
-                str(prepared),
-                str(quantised),
-                _reader(job, names),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                reduce_range=reduce_range,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
+        quantize(prepared, quantised, None if dynamic else _reader(job, names))
         return quantised.read_bytes()
+
+
+def quantize(prepared: Path, quantised: Path, reader: Any) -> None:
+    """Write the INT8 model of a pre-processed one: static with a CalibrationDataReader, dynamic with None."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    # Below 8 bits where products of unsigned activations and signed weights would overflow 16 bits.
+    reduce_range = not _has_vnni()
+    if reader is None:
+        quantize_dynamic(str(prepared), str(quantised), per_channel=True, reduce_range=reduce_range)
+        return
+    quantize_static(
+        str(prepared),
+        str(quantised),
+        reader,
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=reduce_range,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
 
 
 def _reader(job: Job, names: Sequence[str]) -> Any:
