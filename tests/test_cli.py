@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_report import document_without_caches, example_document, example_evaluation
+from test_report import document_without_caches, example_document, example_evaluation, example_optimized
 from torch import Tensor, nn
 
 import offramp
@@ -54,24 +54,6 @@ class FakeCached:
         return self.summary
 
 
-OPTIMIZED = {
-    "precision": "int8",
-    "parts": [
-        {
-            "part": "input to block1",
-            "rows": 1,
-            "backend": "openvino",
-            "precision": "int8",
-            "ms": 0.25,
-            "eager_ms": 1.0,
-            "difference": 0.02,
-        }
-    ],
-    "left_out": ["compile: no C++ compiler"],
-    "latency": [{"batch_size": 1, "full_ms": 3.0, "cached_ms": 1.0}],
-}
-
-
 class Calls:
     """Stands in for the package: notes what it was asked."""
 
@@ -90,7 +72,7 @@ class Calls:
         return FakeCached(backbone, self.document)
 
     def save(self, cached: FakeCached, path: Path) -> None:
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         self.saved = dict(cached.summary)
 
     def load(self, path: Path, backbone: nn.Module, **_options: Any) -> FakeCached:
@@ -103,7 +85,7 @@ class Calls:
 
     def optimize(self, cached: FakeCached, stream: Iterable[object], **options: Any) -> FakeCached:
         self.streams["optimize"], self.optimize_options = _rows(stream), options
-        return FakeCached(cached.split_model.backbone, self.document | {"optimized": OPTIMIZED})
+        return FakeCached(cached.split_model.backbone, self.document | {"optimized": example_optimized()})
 
     def read_manifest(self, _folder: Path) -> dict[str, Any]:
         return {"summary": self.saved, "plan": self.document["plan"], "certificate": self.document["certificate"]}
@@ -172,7 +154,7 @@ def test_commands_and_their_options_are_these() -> None:
         | part,
         "eval": loaded | {"html", "as_json"} | reading | part,
         "predict": loaded | {"out", "as_json"} | reading | part,
-        "optimize": loaded | {"backend", "precision", "as_json"} | reading | part,
+        "optimize": loaded | {"backend", "precision", "out", "as_json"} | reading | part,
         "report": {"folder", "html", "as_json"},
         "demo": {"folder", "seed", "as_json"},
         "bench": {"suite", "out", "as_json"},
@@ -260,14 +242,18 @@ def test_optimize_says_where_each_part_runs_and_what_was_left_out(
     assert run("optimize", tmp_path / "out", data, *several, "--precision", "int8", "--limit", 5) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "input to block1 1 openvino int8 0.25 ms 1 ms 2e-02" in printed
-    assert "left out: compile: no C++ compiler" in printed
-    assert "Certified: at most " in printed
+    assert "left out: compile: no C++ <compiler>" in printed
+    assert "at most 0.93 % of the answers differ" in printed
+    assert printed.endswith(f"Saved to {tmp_path / 'out'}.")
     assert calls.optimize_options == {"backends": ["openvino", "eager"], "precision": "int8"}
     streamed = calls.streams["optimize"]
     assert streamed is not None
     assert len(streamed) == 5
-    assert run("optimize", tmp_path / "out", data, "--json") == 0
-    assert _last_json(capsys)["optimized"] == OPTIMIZED
+    assert run("optimize", tmp_path / "out", data, "--json", "--out", tmp_path / "elsewhere") == 0
+    assert (tmp_path / "elsewhere").is_dir()
+    document = _last_json(capsys)
+    assert document["report"]["optimized"] == example_optimized()
+    assert document["artifact"] == str(tmp_path / "elsewhere")
     assert calls.optimize_options == {"backends": None, "precision": "float32"}
 
 
@@ -382,7 +368,7 @@ def test_artefact_that_does_not_name_its_model(
 
 @pytest.mark.usefixtures("calls")
 def test_unforeseen_errors_keep_their_traceback(code: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").write_text("no folder")
     with pytest.raises(FileExistsError):
         cli.main(["fit", f"{code}:build", str(data), "--out", str(tmp_path / "out")])
 

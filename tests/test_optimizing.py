@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import models
@@ -13,15 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offramp import optimizing
-from offramp.artifact import save
+from offramp import artifact, cuts, optimizing, parts
+from offramp.artifact import load, save
 from offramp.backends import BACKENDS, Backend
 from offramp.backends.base import Job
 from offramp.caches import Cache, Reduction
 from offramp.cost import flop_shares
-from offramp.errors import InputError, StreamError
+from offramp.errors import ArtifactError, InputError, StreamError
 from offramp.model import CachedModel
-from offramp.optimizing import Fastest, optimize
+from offramp.optimizing import optimize
+from offramp.parts import Fastest
+from offramp.rebuilding import OptimizedModel
 from offramp.splitting import split
 from offramp.streams import Batch
 from offramp.types import Certificate, Plan, PlannedCache, Timing
@@ -119,15 +122,17 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         return [Timing(1 / (1 + k), 0.0, 1.0) for k in range(len(calls))]
 
     monkeypatch.setitem(BACKENDS, "fake", backend)
-    monkeypatch.setattr(optimizing, "race", race)
+    monkeypatch.setattr(parts, "race", race)
     monkeypatch.setattr(optimizing, "shares", flop_shares)
+    monkeypatch.setattr(cuts, "shares", flop_shares)
+    monkeypatch.setattr(cuts, "_stages_share", lambda costs: 1.0)
     monkeypatch.setattr(optimizing, "never_slower", lambda plan, latency: plan)
     monkeypatch.setattr(optimizing, "COSTS_S", 0.05)
     monkeypatch.setattr(optimizing, "LATENCY_S", 0.01)
     return backend
 
 
-def run(cached: CachedModel, **options: Any) -> CachedModel:
+def run(cached: CachedModel, **options: Any) -> OptimizedModel:
     return optimize(cached, stream(), **{"backends": ["fake"], "progress": False, **options})
 
 
@@ -245,15 +250,85 @@ def test_caches_that_lose_too_much_are_off_and_the_full_model_is_still_fast(fake
     assert optimized.bypasses(1)
 
 
-def test_an_optimized_model_can_be_copied_and_not_saved(fake: Fake, tmp_path: Any) -> None:
+def test_an_optimized_model_can_be_copied_and_optimized_anew(fake: Fake) -> None:
     optimized = run(make())
     x = torch.randn(5, 6)
     assert torch.equal(copy.deepcopy(optimized)(x), optimized(x))
-    with pytest.raises(InputError, match="cannot be saved"):
-        save(optimized, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    with pytest.raises(InputError, match="optimized already"):
-        run(optimized)
+    assert run(optimized).certificate.data_fingerprint == optimized.certificate.data_fingerprint
+
+
+# -- saved and loaded ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[OptimizedModel, Path]:
+    cached = make()
+    made = {cache.name: cache for cache in cached.caches}
+    monkeypatch.setattr(artifact, "build_cache", lambda description: copy.deepcopy(made[description["name"]]))
+    optimized = run(cached, precision="int8")
+    save(optimized, tmp_path / "model")
+    return optimized, tmp_path / "model"
+
+
+def test_a_loaded_model_runs_on_the_same_back_ends_and_answers_as_before(
+    fake: Fake, saved: tuple[OptimizedModel, Path]
+) -> None:
+    optimized, folder = saved
+    fake.calls.clear()
+    loaded = load(folder, optimized.split_model.backbone)
+    assert isinstance(loaded, OptimizedModel)
+    assert loaded.report() == optimized.report()
+    assert {precision for precision, *_ in fake.calls} == {choice.precision for choice in optimized.origin.choices}
+    x = torch.cat(stream(300, seed=9))
+    for rows in (slice(0, 1), slice(0, 300)):
+        assert torch.equal(loaded(x[rows]), optimized(x[rows]))
+        assert torch.equal(loaded.predict(x[rows]).left_at_B, optimized.predict(x[rows]).left_at_B)
+
+
+def test_where_a_part_cannot_be_built_the_model_is_loaded_as_it_was_fitted(
+    fake: Fake, saved: tuple[OptimizedModel, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimized, folder = saved
+    monkeypatch.setattr(fake, "missing", lambda: "fakelib not installed; run: pip install fakelib")
+    loaded = load(folder, optimized.split_model.backbone)
+    assert not isinstance(loaded, OptimizedModel)
+    assert loaded.report() == optimized.origin.base.report()
+    assert "runs as it was before it was optimized: fake cannot be used here: fakelib not installed" in caplog.text
+
+
+def test_a_model_that_answers_otherwise_here_is_loaded_as_it_was_fitted(
+    fake: Fake, saved: tuple[OptimizedModel, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    optimized, folder = saved
+    fake.wrong["int8"] = fake.wrong["float32"] = somewhere(0.3)
+    loaded = load(folder, optimized.split_model.backbone)
+    assert not isinstance(loaded, OptimizedModel)
+    assert "inputs otherwise than when it was saved, more than the tolerance of 5 %" in caplog.text
+
+
+def test_other_hardware_is_said(
+    fake: Fake,
+    saved: tuple[OptimizedModel, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    optimized, folder = saved
+    monkeypatch.setattr(artifact, "hardware", lambda: optimized.origin.hardware | {"threads": "96"})
+    assert isinstance(load(folder, optimized.split_model.backbone), OptimizedModel)
+    before = optimized.origin.hardware["threads"]
+    assert f"was optimized elsewhere (threads {before} -> 96)" in caplog.text
+    assert "optimize() it again" in caplog.text
+
+
+def test_a_changed_choice_is_not_loaded(saved: tuple[OptimizedModel, Path]) -> None:
+    optimized, folder = saved
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"backend": "fake"', '"backend": "eager"', 1))
+    with pytest.raises(ArtifactError, match="was changed after it was saved"):
+        load(folder, optimized.split_model.backbone)
+
+
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def test_arguments_that_do_not_fit(fake: Fake) -> None:
@@ -277,10 +352,7 @@ def test_a_model_without_caches_gets_the_fastest_full_model(fake: Fake) -> None:
     cached = models.cached_model(make().split_model)
     cached.certificate = CERTIFICATE
     optimized = run(cached)
-    assert [part["part"] for part in optimized.summary["optimized"]["parts"]] == [
-        *("full model",) * 2,
-        *("input to the end",) * 2,
-    ]
+    assert [part["part"] for part in optimized.summary["optimized"]["parts"]] == ["full model", "full model"]
     x = torch.randn(7, 6)
     torch.testing.assert_close(optimized(x), models.plain(cached, x))
 

@@ -139,6 +139,20 @@ def example_document() -> dict[str, Any]:
     }
 
 
+def example_optimized() -> dict[str, Any]:
+    """The section of an optimized model's report."""
+    document = example_document()
+    part = {"part": "input to block1", "rows": 1, "backend": "openvino", "precision": "int8"}
+    return {
+        "precision": "int8",
+        "parts": [part | {"ms": 0.25, "eager_ms": 1.0, "difference": 0.02}],
+        "left_out": ["compile: no C++ <compiler>"],
+        "latency": [{"batch_size": 1, "full_ms": 3.0, "cached_ms": 1.0}],
+        "plan": document["plan"],
+        "certificate": document["certificate"] | {"bound": 0.0093},
+    }
+
+
 def example_evaluation() -> dict[str, Any]:
     latency = {"batch_size": 8, "mean": 0.5, "p50": 0.49, "p95": 0.61, "full_mean_ms": 43.0, "cached_mean_ms": 21.5}
     return {
@@ -339,3 +353,25 @@ def test_labels_keep_their_distance() -> None:
     assert all(upper - lower >= 8 for upper, lower in pairwise(placed))
     assert min(placed) >= 0
     assert charts._spread([90.0, 50.0], 8) == [90.0, 50.0]
+
+
+def test_an_optimized_model_shows_its_parts_its_own_certificate_and_what_was_left_out() -> None:
+    document = example_document() | {"optimized": example_optimized()}
+    said = " ".join(_printed(document).split())
+    page = report.html(document)
+    assert "input to block1 1 openvino int8 0.25 ms 1 ms 2e-02" in said
+    for text in (said, page):
+        assert text.count("at most 0.93") == 1
+        assert "openvino" in text
+    assert "left out: compile: no C++ <compiler>" in said
+    assert "compile: no C++ &lt;compiler&gt;" in page
+    assert "openvino" not in report.html(example_document())
+
+
+def test_a_full_model_in_lower_precision_is_not_called_unchanged() -> None:
+    alone = document_without_caches()
+    section = example_optimized() | {"plan": alone["plan"]}
+    said = " ".join(_printed({**alone, "optimized": section}).split())
+    assert "at most 0.93" in said
+    section["certificate"] |= {"bound": 0.0}
+    assert "at most" not in " ".join(_printed({**alone, "optimized": section}).split())

@@ -3,7 +3,8 @@
 An artefact is a folder of two files: `caches.safetensors` with the weights of the caches and a few example
 inputs (they are needed to split the backbone again), and `manifest.json` with everything that was decided:
 plan, certificate, costs, what the caches are, and which backbone they belong to. The backbone itself is not
-in it. Nothing is ever unpickled.
+in it. Nothing is ever unpickled. Of an optimized model the folder holds the one that it was made from, and
+beside it what is needed to build its parts again: programs are not stored.
 
 A certificate is worth something only if the plan, the weights and the backbone are the ones it was issued
 for. So the manifest carries a checksum of the weights, one of its own decisions, and the backbone's
@@ -16,8 +17,10 @@ was there before is kept until then, and put back when the renaming fails.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -37,34 +40,41 @@ from torch.export import ExportedProgram
 
 from offramp.caches import Cache, build_cache
 from offramp.cost import cost_from_json, cost_to_json
-from offramp.errors import ArtifactError, InputError, OfframpError, StorageError
+from offramp.errors import ArtifactError, BackendError, InputError, OfframpError, StorageError
 from offramp.model import CachedModel
+from offramp.parts import Choice
+from offramp.rebuilding import Answers, OptimizedModel, Origin, answers, hardware, rebuild
 from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
 from offramp.tasks import task_named
 from offramp.types import Certificate, Plan, version
+
+log = logging.getLogger("offramp")
 
 FORMAT = "offramp-cached-model"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "caches.safetensors"
 EXAMPLE_ROWS = 4
+CHECKED_ROWS = 32  # of an optimized model's sample, where eight bits do not need all of it
 SEAL = "sealed_sha256"
 
 
 def save(cached: CachedModel, path: str | os.PathLike[str]) -> None:
     """Write a cached model to the folder `path`; an artefact that is already there is replaced in one step.
 
-    The folder holds up to four of the example inputs that the backbone was split with, as they are.
+    The folder holds up to four of the example inputs that the backbone was split with, as they are; that of an
+    optimized model also the 256 inputs that its parts were calibrated with, or 32 where none is in eight bits.
     """
-    if cached.split_model.optimized:
-        raise InputError(
-            "an optimized model cannot be saved: its parts are programs for this machine, and its certificate is "
-            "theirs. Save the model that optimize() was given, and optimize it again after loading."
-        )
     target = Path(path).resolve()
-    weights = safetensors.torch.save(_tensors(cached))
-    manifest = _to_json(_manifest(cached, weights), indent=2)
+    optimized = cached if isinstance(cached, OptimizedModel) else None
+    base = cached if optimized is None else optimized.origin.base
+    tensors, section = _tensors(base), None
+    if optimized is not None:
+        more, section = _optimized(optimized)
+        tensors |= more
+    weights = safetensors.torch.save(tensors)
+    manifest = _to_json(_manifest(base, weights, section), indent=2)
     with _storage_errors(target):
         _refuse_foreign(target)
         _replace(target, {WEIGHTS: weights, MANIFEST: manifest.encode()})
@@ -79,17 +89,19 @@ def load(
     """The cached model saved in the folder `path`, on the backbone that it was made for.
 
     The caches go where the backbone is; nothing about the backbone is changed. With `device` given, the
-    backbone must already be there. Raises ArtifactError when anything in the folder is damaged or does not
-    belong to this backbone.
+    backbone must already be there. The parts of an optimized model are built again, which takes as long as
+    building them did; where that fails, or where the model then answers otherwise than when it was saved, the
+    model that it was made from is returned, with a warning. Raises ArtifactError when anything in the folder is
+    damaged or does not belong to this backbone.
     """
     folder = Path(path).resolve()
     _check_device(backbone, device)
     manifest = read_manifest(folder)
     tensors = _read_weights(folder, manifest["weights"])
     caches = _build_caches(folder, manifest["caches"], tensors)
-    split_model = _split_again(folder, manifest, backbone, _example(tensors))
+    split_model = _split_again(folder, manifest, backbone, _batch("example", tensors))
     try:
-        return CachedModel(
+        base = CachedModel(
             split_model,
             caches,
             Plan.from_json(manifest["plan"]),
@@ -98,6 +110,7 @@ def load(
             task=task_named(manifest["task"]),
             summary=manifest["summary"],
         )
+        return base if "optimized" not in manifest else _optimized_again(folder, base, manifest["optimized"], tensors)
     except (OfframpError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the artefact in {folder} does not make a cached model: {_name(error)}") from error
 
@@ -105,7 +118,7 @@ def load(
 # --- what is written ------------------------------------------------------------------------------
 
 
-def _manifest(cached: CachedModel, weights: bytes) -> dict[str, Any]:
+def _manifest(cached: CachedModel, weights: bytes, optimized: Mapping[str, Any] | None) -> dict[str, Any]:
     split_model = cached.split_model
     manifest = {
         "format": FORMAT,
@@ -129,6 +142,8 @@ def _manifest(cached: CachedModel, weights: bytes) -> dict[str, Any]:
         "weights": {"file": WEIGHTS, "bytes": len(weights), "sha256": _sha256(weights)},
         "summary": cached.summary,
     }
+    if optimized is not None:
+        manifest["optimized"] = optimized
     plain = json.loads(_to_json(manifest))  # as it will be read: keys are strings, tuples are lists
     return {**plain, SEAL: _seal(plain)}
 
@@ -140,11 +155,35 @@ def _tensors(cached: CachedModel) -> dict[str, Tensor]:
         for position, cache in enumerate(cached.caches)
         for key, value in cache.state_dict().items()
     }
-    example = cached.split_model.example.rows(slice(0, EXAMPLE_ROWS))
-    tensors |= {f"example.args.{position}": value for position, value in enumerate(example.args)}
-    # Numbered, because safetensors does not keep the order of its tensors and tracing depends on it.
-    tensors |= {f"example.kwargs.{i}.{name}": value for i, (name, value) in enumerate(example.kwargs.items())}
-    # safetensors refuses tensors that share memory; a copy of each shares none.
+    return _apart(tensors | _inputs("example", cached.split_model.example.rows(slice(0, EXAMPLE_ROWS))))
+
+
+def _optimized(model: OptimizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is written of an optimized model besides the one that it was made from."""
+    origin = model.origin
+    in_eight_bits = any(choice.precision == "int8" for choice in origin.choices)
+    sample = origin.sample if in_eight_bits else origin.sample.rows(slice(0, CHECKED_ROWS))
+    said = answers(model, sample)
+    tensors = _apart(_inputs("sample", sample) | {"sample.answer": said.answer, "sample.left_at": said.left_at})
+    return tensors, {
+        "choices": [dataclasses.asdict(choice) for choice in origin.choices],
+        "caches": list(origin.caches),
+        "hardware": origin.hardware,
+        "plan": model.plan.to_json(),
+        "certificate": model.certificate.to_json(),
+        "costs": cost_to_json(model.costs),
+        "summary": model.summary["optimized"],
+    }
+
+
+def _inputs(name: str, batch: Batch) -> dict[str, Tensor]:
+    """Numbered, because safetensors does not keep the order of its tensors and tracing depends on it."""
+    tensors = {f"{name}.args.{position}": value for position, value in enumerate(batch.args)}
+    return tensors | {f"{name}.kwargs.{i}.{key}": value for i, (key, value) in enumerate(batch.kwargs.items())}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory; a copy of each shares none."""
     return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 
@@ -289,6 +328,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def report_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's own `report()` says, without the model."""
+    document = {**manifest["summary"], "plan": manifest["plan"], "certificate": manifest["certificate"]}
+    if optimized := manifest.get("optimized"):
+        decided = {name: optimized[name] for name in ("plan", "certificate")}
+        document["optimized"] = {**optimized["summary"], **decided}
+    return document
+
+
 def _check_version(file: Path, version: object) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ArtifactError(f"{file} is damaged: its format_version is {version!r}")
@@ -336,15 +384,47 @@ def _is_kept(name: str, artefact: str) -> bool:
     return name.startswith(f".{artefact}.") and name.endswith(".old")
 
 
-def _example(tensors: Mapping[str, Tensor]) -> Batch:
+def _batch(name: str, tensors: Mapping[str, Tensor]) -> Batch:
+    """What `_inputs` made tensors of."""
     positional, named = {}, {}
     for key, value in tensors.items():
-        if key.startswith("example.args."):
-            positional[int(key.removeprefix("example.args."))] = value
-        elif key.startswith("example.kwargs."):
-            number, name = key.removeprefix("example.kwargs.").split(".", 1)
-            named[int(number)] = (name, value)
+        if key.startswith(f"{name}.args."):
+            positional[int(key.removeprefix(f"{name}.args."))] = value
+        elif key.startswith(f"{name}.kwargs."):
+            number, argument = key.removeprefix(f"{name}.kwargs.").split(".", 1)
+            named[int(number)] = (argument, value)
     return Batch(tuple(positional[i] for i in sorted(positional)), dict(named[i] for i in sorted(named)))
+
+
+def _optimized_again(
+    folder: Path, base: CachedModel, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> CachedModel:
+    """The optimized model on parts that are built here, or the base where that does not give the same model."""
+    sample = _batch("sample", tensors).to(base.split_model.device)
+    choices = tuple(Choice(**choice) for choice in saved["choices"])
+    origin = Origin(base, sample, choices, tuple(saved["caches"]), saved["hardware"])
+    if (here := hardware()) != saved["hardware"]:
+        changed = ", ".join(f"{name} {saved['hardware'].get(name)} -> {value}" for name, value in _changes(saved, here))
+        log.warning(
+            "the model in %s was optimized elsewhere (%s): its parts are built again, its certificate is from there. "
+            "optimize() it again to certify it here.",
+            folder,
+            changed,
+        )
+    expected = Answers(tensors["sample.answer"], tensors["sample.left_at"])
+    plan, certificate = Plan.from_json(saved["plan"]), Certificate.from_json(saved["certificate"])
+    try:
+        model = rebuild(origin, plan, certificate, cost_from_json(saved["costs"]), expected)
+    except BackendError as error:
+        log.warning("the model in %s runs as it was before it was optimized: %s", folder, error)
+        return base
+    model.summary["optimized"] = saved["summary"]
+    return model
+
+
+def _changes(saved: Mapping[str, Any], here: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    names = sorted({*saved["hardware"], *here})
+    return [(name, here.get(name)) for name in names if here.get(name) != saved["hardware"].get(name)]
 
 
 def _split_again(
@@ -388,7 +468,8 @@ def _build_caches(
     folder: Path, descriptions: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
 ) -> list[Cache]:
     states = [_state(tensors, position) for position in range(len(descriptions))]
-    known = sum(len(state) for state in states) + sum(key.startswith("example.") for key in tensors)
+    inputs = sum(key.startswith(("example.", "sample.")) for key in tensors)
+    known = sum(len(state) for state in states) + inputs
     if known != len(tensors):
         raise ArtifactError(f"{folder / WEIGHTS} holds weights of more than {len(descriptions)} caches")
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are overwritten at once

@@ -263,6 +263,7 @@ def optimize(
         typer.Option(help="eager, compile, aotinductor, onnxruntime or openvino; repeat it for several (default: all)"),
     ] = None,
     precision: Annotated[str, typer.Option(help="The lowest allowed: float32, bfloat16 or int8")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Write to this folder instead of FOLDER itself")] = None,
     model: OtherModel = None,
     device: Device = None,
     batch_size: BatchSize = None,
@@ -275,9 +276,9 @@ def optimize(
     limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put a cached model on the fastest back ends of this machine, certify it on fresh DATA, and say what that brings.
+    """Put a cached model on the fastest back ends of this machine, and certify it on fresh DATA.
 
-    Nothing is written: the parts are programs for this process. In Python, `offramp.optimize` returns the model.
+    FOLDER keeps the model as it was fitted as well: that is what runs where a part cannot be built again.
     """
     with _output(as_json=as_json) as output:
         import offramp
@@ -293,8 +294,11 @@ def optimize(
         )
         cached, stream = _opened(folder, data, model, device, given, rows=rows, limit=limit)
         optimized = offramp.optimize(cached, stream, backends=backend, precision=precision)
-        output.document = optimized.report()
-        output.show(report.optimized_table(output.document))
+        offramp.save(optimized, out or folder)
+        document = optimized.report()
+        output.show(report.optimized_table(document["optimized"]))
+        output.say(f"Saved to {out or folder}.")
+        output.document = {"artifact": str(out or folder), "report": document}
 
 
 @app.command()
@@ -339,9 +343,9 @@ def show_report(folder: Folder, *, html: Html = None, as_json: AsJson = False) -
     """Show what a fitted artefact saves and promises; the model itself is not needed."""
     with _output(as_json=as_json) as output:
         from offramp import report
+        from offramp.artifact import report_of
 
-        manifest = _manifest(folder)
-        document = {**manifest["summary"], "plan": manifest["plan"], "certificate": manifest["certificate"]}
+        document = report_of(_manifest(folder))
         output.show(report.terminal(document))
         _write_page(output, document, html)
         output.document = document

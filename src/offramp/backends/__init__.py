@@ -7,7 +7,7 @@ same call. Whether that is faster, and how far its outputs are from the module's
 from __future__ import annotations
 
 from offramp.backends.base import Backend
-from offramp.backends.comparing import Difference, check
+from offramp.backends.comparing import Difference, check, compare
 from offramp.backends.compiled import AotInductor, Compiled
 from offramp.backends.eager import Eager
 from offramp.backends.onnxruntime import OnnxRuntime
@@ -15,7 +15,7 @@ from offramp.backends.openvino import OpenVino
 from offramp.backends.part import Part
 from offramp.errors import InputError
 
-__all__ = ["BACKENDS", "Backend", "Difference", "Part", "backend_named", "check"]
+__all__ = ["BACKENDS", "Backend", "Difference", "Part", "backend_named", "check", "compare"]
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Eager(), Compiled(), AotInductor(), OnnxRuntime(), OpenVino())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from offramp.backends.form import Output
 from offramp.backends.part import Part
 from offramp.errors import InputError
 
@@ -44,18 +47,19 @@ def check(
     A number may differ by rtol of itself, and by atol of the largest of its tensor: sums over many numbers that cancel
     are as exact as these are. The defaults allow what float32 rounds when a sum is taken in another order.
     """
-    found: Difference | None = None
-    for given in inputs:
-        expected, received = module(*given), part(*given)
-        pairs = zip(_tuple(received), _tuple(expected), strict=True)
-        for difference in (_difference(one, other, rtol, atol) for one, other in pairs):
-            found = difference if found is None else found | difference
-    if found is None:
+    found = [compare(part(*given), module(*given), rtol=rtol, atol=atol) for given in inputs]
+    if not found:
         raise InputError("there are no inputs to compare a part and its module on; pass at least one tuple of tensors")
-    return found
+    return functools.reduce(operator.or_, found)
 
 
-def _tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def compare(received: Output, expected: Output, *, rtol: float = 1e-4, atol: float = 1e-4) -> Difference:
+    """`check` for outputs that are at hand."""
+    pairs = zip(_tuple(received), _tuple(expected), strict=True)
+    return functools.reduce(operator.or_, (_difference(*pair, rtol, atol) for pair in pairs), Difference())
+
+
+def _tuple(output: Output) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 

@@ -28,6 +28,7 @@ def html(document: Document) -> str:
         _leaving(document),
         _path(document),
         _evaluation(document),
+        _optimized(document),
         _caches(document),
         _samples(document),
         _certificate(document),
@@ -170,6 +171,28 @@ def _evaluation(document: Document) -> str:
         "The interval is exact (Clopper-Pearson)."
     )
     return section("On fresh inputs", note, table(("", "cached", "full model"), rows))
+
+
+def _optimized(document: Document) -> str:
+    """Where the parts of an optimized model run."""
+    optimized = document.get("optimized")
+    if not optimized:
+        return ""
+    head = ("part", "rows>", "back end", "time>", "eager>", "largest difference>")
+    rows = [
+        (
+            code(part["part"]),
+            str(part["rows"]),
+            escape(f"{part['backend']}, {part['precision']}"),
+            milliseconds(part["ms"]),
+            milliseconds(part["eager_ms"]),
+            f"{part['difference']:.0e}",
+        )
+        for part in optimized["parts"]
+    ]
+    note = f"Each part on the back end that was fastest for it. {wording.promise(optimized)}"
+    left_out = "".join(f"<li>{escape(why)}</li>" for why in optimized["left_out"])
+    return section("On other back ends", note, table(head, rows) + (f"<ul>{left_out}</ul>" if left_out else ""))
 
 
 def _caches(document: Document) -> str:

@@ -25,6 +25,8 @@ def terminal(document: Document) -> RenderableType:
         parts.append(_latency(measured))
     if evaluation := document.get("evaluation"):
         parts.append(evaluation_table(evaluation))
+    if optimized := document.get("optimized"):
+        parts.append(optimized_table(optimized))
     if advice := wording.advice(document):
         parts.append(Text(advice, style="yellow"))
     return Group(*parts)
@@ -46,9 +48,8 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
-def optimized_table(document: Document) -> RenderableType:
+def optimized_table(optimized: Mapping[str, Any]) -> RenderableType:
     """Which back end each part of an optimized model runs on, what was left out, and how fast it is as a whole."""
-    optimized = document["optimized"]
     parts = _table("Parts", "part", "rows", "back end", "time", "eager", "difference")
     for part in optimized["parts"]:
         times = milliseconds(part["ms"]), milliseconds(part["eager_ms"])
@@ -58,14 +59,9 @@ def optimized_table(document: Document) -> RenderableType:
     shown += [Text(f"left out: {why}", style="yellow") for why in optimized["left_out"]]
     if optimized["latency"]:
         shown.append(_latency(optimized["latency"], "Measured time of one call, both on their back ends"))
-    certificate, plan = document["certificate"], document["plan"]
-    if not plan["caches"]:
-        shown.append(Text(f"No caches: {plan['reason']}", style="yellow"))
-    else:
-        share = f"at most {percent(certificate['bound'])} of the answers differ from the full model in eager float32"
-        shown.append(
-            Text(f"Certified: {share} ({percent(certificate['confidence_level'], 0)} confidence)", style="green")
-        )
+    if not wording.has_caches(optimized):
+        shown.append(Text(f"No caches: {wording.reason(optimized)}", style="yellow"))
+    shown.append(Text(wording.promise(optimized), style="green"))
     return Group(*shown)
 
 
