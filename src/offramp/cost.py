@@ -122,6 +122,14 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     return lambda: torch.accelerator.synchronize(device)
 
 
+def checked_sizes(batch_sizes: Iterable[int]) -> list[int]:
+    """These batch sizes, rising and each once. Raises InputError for what is none."""
+    sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else []
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        raise InputError(f"batch sizes must be whole numbers from 1, at least one of them; received {batch_sizes!r}")
+    return sorted(set(sizes))
+
+
 # --- the tables -----------------------------------------------------------------------------------
 
 
@@ -137,7 +145,7 @@ def measure(
     The inputs are the rows of `split.example`, repeated up to each batch size. `budget_s` (seconds) is kept
     roughly: every part is called at least a few times, whatever it takes.
     """
-    sizes = _checked_sizes(batch_sizes)
+    sizes = checked_sizes(batch_sizes)
     with torch.inference_mode(), _evaluating(split.backbone, *split.stages):
         flops = _flops_per_row(split)
         times: dict[int, tuple[Timing, ...]] = {}
@@ -207,7 +215,7 @@ def shares(
     """
     if not 0 <= weight_flops <= 1:
         raise InputError(f"weight_flops is a share between 0 and 1; received {weight_flops}")
-    sizes = sorted(table.backbone.time_ms) if batch_sizes is None else _checked_sizes(batch_sizes)
+    sizes = sorted(table.backbone.time_ms) if batch_sizes is None else checked_sizes(batch_sizes)
     missing = [size for size in sizes if size not in table.backbone.time_ms]
     if missing:
         raise InputError(f"batch sizes {missing} were not measured; the table has {sorted(table.backbone.time_ms)}")
@@ -509,13 +517,6 @@ def _position(cache: nn.Module, names: Sequence[str]) -> int:
     if cache.point not in names:
         raise InputError(f"cache {cache.name!r} sits at {cache.point!r}; this backbone has the points {list(names)}")
     return names.index(str(cache.point))
-
-
-def _checked_sizes(batch_sizes: Iterable[int]) -> list[int]:
-    sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else []
-    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-        raise InputError(f"batch sizes must be whole numbers from 1, at least one of them; received {batch_sizes!r}")
-    return sorted(set(sizes))
 
 
 def _tell(progress: Progress | None, text: str) -> None:

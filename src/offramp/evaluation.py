@@ -81,7 +81,7 @@ def _compare_at(
     started, turn = time.perf_counter(), -3  # three rounds of warm-up
     while turn < 20 or time.perf_counter() - started < budget_s:
         first = (max(turn, 0) * size) % max(1, len(sample) - size + 1)
-        batch = _rows_from(sample, first, size)
+        batch = rows_from(sample, first, size)
         calls: list[tuple[Callable[..., Any], list[float]]] = [(cached, cached_ms), (full, full_ms)]
         for call, times in calls if turn % 2 else reversed(calls):  # neither always follows the other
             elapsed = _time_ms(call, batch, wait)
@@ -93,7 +93,8 @@ def _compare_at(
     return LatencyRatio(size, mean_cached_ms / mean_full_ms, p50, p95, mean_full_ms, mean_cached_ms)
 
 
-def _rows_from(sample: Batch, first: int, size: int) -> Batch:
+def rows_from(sample: Batch, first: int, size: int) -> Batch:
+    """A batch of `size` rows beginning with row `first`; a sample that is smaller is repeated instead."""
     if len(sample) >= size:
         return sample.rows(slice(first, first + size))
     return sample.rows(torch.arange(size) % len(sample))

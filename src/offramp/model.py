@@ -151,10 +151,7 @@ class CachedModel(nn.Module):
                 hits = int(hit.sum())  # waits for the device: what runs next depends on it
                 if hits == 0:
                     continue
-                to = rows[hit]
-                out.logits_BC[to] = logits[hit].to(self._dtype)
-                out.left_at_B[to] = slot
-                out.confidence_B[to] = confidence[hit].float()
+                self._write_hits(out, slot, rows, hit, logits, confidence)
                 waiting_count -= hits
                 if waiting_count == 0:
                     return out
@@ -185,6 +182,15 @@ class CachedModel(nn.Module):
                 self._live_lookups = slot
                 log.exception("cache %s failed; it and all later caches are switched off", cache.name)
             return None
+
+    def _write_hits(
+        self, out: _Routed, slot: int, rows: Tensor, hit: Tensor, logits: Tensor, confidence: Tensor
+    ) -> None:
+        """Into `out`, what this cache said of the rows that it answered. rows: the caller's numbers of these rows."""
+        to = rows[hit]
+        out.logits_BC[to] = logits[hit].to(self._dtype)
+        out.left_at_B[to] = slot
+        out.confidence_B[to] = confidence[hit].float()
 
     @torch.no_grad()
     def _recall_or_route(self, batch: Batch, results: ResultCache) -> _Routed:
