@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from offramp.model import CachedModel as CachedModel
     from offramp.model import Prediction as Prediction
     from offramp.optimizing import optimize as optimize
+    from offramp.profiling import Profile as Profile
+    from offramp.profiling import profile as profile
     from offramp.splitting import split as split
     from offramp.types import Certificate as Certificate
     from offramp.types import Evaluation as Evaluation
@@ -51,6 +53,7 @@ _HOME = {
     "split": "splitting",
     "evaluate": "evaluation",
     "optimize": "optimizing",
+    "profile": "profiling",
     "save": "artifact",
     "load": "artifact",
     "CachedModel": "model",
@@ -59,6 +62,7 @@ _HOME = {
     "Plan": "types",
     "Certificate": "types",
     "Evaluation": "types",
+    "Profile": "profiling",
     "OfframpError": "errors",
     "ArtifactError": "errors",
     "BackendError": "errors",
