@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_report import document_without_caches, example_document, example_evaluation, example_optimized
+from test_report import (
+    document_without_caches,
+    example_document,
+    example_evaluation,
+    example_optimized,
+    example_profile,
+)
 from torch import Tensor, nn
 
 import offramp
@@ -87,6 +93,10 @@ class Calls:
         self.streams["optimize"], self.optimize_options = _rows(stream), options
         return FakeCached(cached.split_model.backbone, self.document | {"optimized": example_optimized()})
 
+    def profile(self, _cached: FakeCached, stream: Iterable[object], **options: Any) -> SimpleNamespace:
+        self.streams["profile"], self.profile_options = _rows(stream), options
+        return SimpleNamespace(to_json=example_profile, write_trace=lambda path: path)
+
     def read_manifest(self, _folder: Path) -> dict[str, Any]:
         return {"summary": self.saved, "plan": self.document["plan"], "certificate": self.document["certificate"]}
 
@@ -98,7 +108,7 @@ def _rows(stream: Iterable[object]) -> Tensor:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls(example_document())
-    for name in ("fit", "save", "load", "evaluate", "optimize"):
+    for name in ("fit", "save", "load", "evaluate", "optimize", "profile"):
         monkeypatch.setattr(offramp, name, getattr(calls, name))
     monkeypatch.setattr("offramp.artifact.read_manifest", calls.read_manifest)
     return calls
@@ -155,6 +165,7 @@ def test_commands_and_their_options_are_these() -> None:
         "eval": loaded | {"html", "as_json"} | reading | part,
         "predict": loaded | {"out", "as_json"} | reading | part,
         "optimize": loaded | {"backend", "precision", "out", "as_json"} | reading | part,
+        "profile": loaded | {"budget", "trace", "as_json"} | reading | part,
         "report": {"folder", "html", "as_json"},
         "demo": {"folder", "seed", "as_json"},
         "bench": {"suite", "out", "as_json"},
@@ -255,6 +266,25 @@ def test_optimize_says_where_each_part_runs_and_what_was_left_out(
     assert document["report"]["optimized"] == example_optimized()
     assert document["artifact"] == str(tmp_path / "elsewhere")
     assert calls.optimize_options == {"backends": None, "precision": "float32"}
+
+
+def test_profile_says_where_the_time_goes(
+    calls: Calls, code: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", f"{code}:build", data, "--out", tmp_path / "out")
+    capsys.readouterr()
+    sizes = ("--batch-size", 1, "--batch-size", 8)
+    assert run("profile", tmp_path / "out", data, *sizes, "--budget", 2, "--trace", "t.json", "--limit", 5) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Unwatched 1.9 ms, full model 4 ms" in printed
+    assert "Trace written to t.json; open it in https://ui.perfetto.dev" in printed
+    assert calls.profile_options == {"batch_sizes": [1, 8], "budget_s": 2.0}
+    streamed = calls.streams["profile"]
+    assert streamed is not None
+    assert len(streamed) == 5
+    assert run("profile", tmp_path / "out", data, "--json") == 0
+    assert _last_json(capsys) == example_profile()
+    assert calls.profile_options == {"batch_sizes": (1, 32), "budget_s": 10.0}
 
 
 def test_report_needs_no_model(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from offramp import report
 from offramp.errors import MissingExtraError, StorageError
@@ -170,6 +170,34 @@ def example_evaluation() -> dict[str, Any]:
     }
 
 
+def example_profile() -> dict[str, Any]:
+    stage = {
+        "kind": "stage",
+        "name": "input to the end",
+        "share": 0.25,
+        "ms": 0.5,
+        "calls": 40,
+        "runs": 40,
+        "rows": 140,
+    }
+    cache = {"kind": "cache", "name": "cache [b]/student", "share": 0.75, "ms": 1.5}
+    size = {
+        "batch_size": 1,
+        "bypassed": False,
+        "calls": 200,
+        "ms": 2.0,
+        "plain_ms": 1.9,
+        "full_ms": 4.0,
+        "exits": {"[b]/student": 160, "backbone": 40},
+        "parts": [
+            cache | {"calls": 200, "runs": 200, "rows": 200},
+            stage,
+            {"kind": "full", "name": "full model", "share": 0.0, "ms": 0.0, "calls": 0, "runs": 0, "rows": 0},
+        ],
+    }
+    return {"device": "cpu", "threads": 1, "sizes": [size]}
+
+
 def document_without_caches() -> dict[str, Any]:
     document = example_document()
     reason = "tolerance 0.001 needs at least 2,995 certification inputs; 2,500 were given"
@@ -183,8 +211,12 @@ def document_without_caches() -> dict[str, Any]:
 
 
 def _printed(document: dict[str, Any], width: int = 110) -> str:
+    return _drawn(report.terminal(document), width)
+
+
+def _drawn(renderable: RenderableType, width: int = 110) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=width).print(report.terminal(document))
+    Console(file=stream, width=width).print(renderable)
     return stream.getvalue().replace(wording.NO_BREAK_SPACE, " ")
 
 
@@ -236,6 +268,22 @@ def test_terminal_prints_names_as_they_are() -> None:
     text = _printed(document)
     assert "[red]odd[/red]" in text
     assert "offramp: [bold]Net" in text
+
+
+def test_profile_says_where_the_time_goes() -> None:
+    lines = [" ".join(line.split()) for line in _drawn(report.profile_table(example_profile())).splitlines()]
+    assert lines == [
+        "Batch 1: 2 ms a call",
+        "part time per call calls rows",
+        "cache [b]/student 75.0 % █████████ 1.5 ms 100 % 1",
+        "input to the end 25.0 % ███ 0.5 ms 20 % 3.5",
+        "Unwatched 1.9 ms, full model 4 ms. 200 calls; rows left at [b]/student 80.0 %, backbone 20.0 %",
+        "",
+        "calls: the share that reaches the part; rows: the mean number that it then works on",
+    ]
+    bypassed = example_profile()
+    bypassed["sizes"][0]["bypassed"] = True
+    assert "The full model alone runs. Unwatched 1.9 ms" in _drawn(report.profile_table(bypassed))
 
 
 @pytest.mark.parametrize("document", [example_document(), document_without_caches()], ids=["caches", "none"])

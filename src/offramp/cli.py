@@ -302,6 +302,43 @@ def optimize(
 
 
 @app.command()
+def profile(
+    folder: Folder,
+    data: DataSpec,
+    *,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Rows per call; repeat it for several (default: 1 and 32)")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds per batch size")] = 10.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write single calls to this file, for ui.perfetto.dev; .gz compresses it")
+    ] = None,
+    model: OtherModel = None,
+    device: Device = None,
+    column: Column = None,
+    transform: Transform = None,
+    size: Size = None,
+    tokenizer: Tokenizer = None,
+    max_length: MaxLength = None,
+    rows: Rows = None,
+    limit: Limit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the time of a call goes: stages, caches, decisions, Python; beside the full model, on rows of DATA."""
+    with _output(as_json=as_json) as output:
+        import offramp
+        from offramp import report
+
+        given = _given(column=column, transform=transform, size=size, tokenizer=tokenizer, max_length=max_length)
+        cached, stream = _opened(folder, data, model, device, given, rows=rows, limit=limit)
+        profiled = offramp.profile(cached, stream, batch_sizes=batch_size or (1, 32), budget_s=budget)
+        output.document = profiled.to_json()
+        output.show(report.profile_table(output.document))
+        if trace is not None:
+            output.say(f"Trace written to {profiled.write_trace(trace)}; open it in https://ui.perfetto.dev")
+
+
+@app.command()
 def predict(
     folder: Folder,
     data: DataSpec,

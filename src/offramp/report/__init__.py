@@ -5,6 +5,6 @@ Both read the plain dictionary that `CachedModel.report()` returns, plus an opti
 """
 
 from offramp.report.page import html, write_html
-from offramp.report.tables import evaluation_table, optimized_table, terminal
+from offramp.report.tables import evaluation_table, optimized_table, profile_table, terminal
 
-__all__ = ["evaluation_table", "html", "optimized_table", "terminal", "write_html"]
+__all__ = ["evaluation_table", "html", "optimized_table", "profile_table", "terminal", "write_html"]

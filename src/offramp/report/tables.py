@@ -65,6 +65,27 @@ def optimized_table(optimized: Mapping[str, Any]) -> RenderableType:
     return Group(*shown)
 
 
+def profile_table(profile: Mapping[str, Any]) -> RenderableType:
+    """Where the time of a call goes, per batch size, as `Profile.to_json` says it; without parts that never ran."""
+    legend = Text("calls: the share that reaches the part; rows: the mean number that it then works on", style="dim")
+    return Group(*(_call(size) for size in profile["sizes"]), legend)
+
+
+def _call(size: Mapping[str, Any]) -> RenderableType:
+    title = f"Batch {size['batch_size']}: {milliseconds(size['ms'])} a call"
+    table = _table(title, "part", "time", "", "per call", "calls", "rows")
+    for part in (part for part in size["parts"] if part["runs"]):
+        share, rows = float(part["share"]), f"{part['rows'] / part['runs']:.3g}"
+        bar = Text("█" * round(share * BAR_WIDTH / 2) or "▏", style="green" if part["kind"] == "cache" else "dim")
+        reached = percent(part["calls"] / size["calls"], 0)
+        table.add_row(Text(part["name"]), percent(share, 1), bar, milliseconds(part["ms"]), reached, rows)
+    total = sum(size["exits"].values())
+    left = ", ".join(f"{name} {percent(rows / total, 1)}" for name, rows in size["exits"].items())
+    bypass = "The full model alone runs. " if size["bypassed"] else ""
+    beside = f"Unwatched {milliseconds(size['plain_ms'])}, full model {milliseconds(size['full_ms'])}"
+    return Group(table, Text(f"{bypass}{beside}. {count(size['calls'])} calls; rows left at {left}\n"))
+
+
 def _summary(document: Document) -> Panel:
     text = Text()
     if not wording.has_caches(document):
