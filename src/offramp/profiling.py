@@ -119,7 +119,8 @@ def profile(
     Per batch size three calls take turns for `budget_s` seconds: the watched model, the same unwatched, and the full
     model. The device is synchronised wherever one part ends and another begins. The first 512 rows are used, over and
     over; a batch that is larger than the stream repeats its rows. A result cache begins each pass over them empty, so
-    it answers what repeats in the stream itself; the model's own is left alone.
+    it answers what repeats in the stream itself; the model's own is left alone. All times are means: on a busy machine
+    its interruptions fall on whatever part was running.
 
     Raises InputError for batch sizes that are none, StreamError when the stream is empty.
     """
