@@ -23,7 +23,7 @@ from offramp.caches import LearnedCache
 from offramp.caches.result import ResultCache
 from offramp.errors import InputError, StorageError, StreamError
 from offramp.model import CachedModel
-from offramp.optimizing import Fastest
+from offramp.parts import Fastest
 from offramp.profiling import LEAST_ROUNDS, TRACED_CALLS, CallTime, PartTime, Profile, profile
 from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
