@@ -13,6 +13,7 @@ import breaches
 import common
 import comparison
 import optimized
+import overhead
 import replication
 
 RESULTS = common.ROOT / "benchmarks" / "results"
@@ -100,19 +101,6 @@ def candidates(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def overhead(document: dict[str, Any]) -> str:
-    lines = [
-        "| enabled | batch | time: mean | p50 | p95 | full model ms | of it caches |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['enabled']} | {row['batch_size']} | {row['mean']:.3f} | {row['p50']:.3f} | {row['p95']:.3f} | "
-        f"{row['full_mean_ms']:.2f} | {row['caches_share']:.3f} |"
-        for row in document["rows"]
-    ]
-    return "\n".join(lines)
-
-
 def families(document: dict[str, Any]) -> str:
     lines = ["| model | split points | traced by | proof | seconds |", "|---|---|---|---|---|"]
     for row in document["rows"]:
@@ -132,7 +120,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "breaches": lambda document: breaches.table(document["rows"]),
     "replication": lambda document: replication.table(document["rows"]),
     "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
-    "overhead": overhead,
+    "overhead": lambda document: overhead.table(document["rows"]),
     "split": families,
 }
 

@@ -80,23 +80,21 @@ def optimize(
     """The same caches on the fastest back ends for this machine, tuned and certified again; `cached` stays as it is.
 
     stream: unlabelled inputs that the fit has not seen, as many as a fit takes for certification. backends: those to
-    try, by name (`offramp.backends.BACKENDS`); by default all that are installed. precision: the lowest allowed:
-    "float32", "bfloat16" or "int8". Tolerance and confidence level are those of `cached`.
+    try, by name (`offramp.backends.BACKENDS`); by default all that are installed.
+    precision: the lowest allowed: "float32", "bfloat16" or "int8". Tolerance and confidence level: those of `cached`.
 
     A back end that is missing, fails or differs from eager in float32 is left out, and `summary["optimized"]` says so.
     The result runs on this hardware and with as many threads as torch has now; it cannot be saved.
 
     Raises InputError for arguments that do not fit, StreamError when the stream is too short.
     """
-    chosen = _backends(backends)
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    chosen, precisions = _backends(backends), _precisions(precision)
     if cached.split_model.optimized:
         raise InputError("this model is optimized already; pass the one that it was made from")
     tolerance, level = cached.certificate.tolerance, cached.certificate.confidence_level
     sample, rows = _dealt(cached, stream, seed, inputs_needed(tolerance, level))
     with torch.inference_mode(mode=False), torch.no_grad():
-        parts = _Parts(cached, sample, chosen, PRECISIONS[: PRECISIONS.index(precision) + 1], show=progress)
+        parts = _Parts(cached, sample, chosen, precisions, show=progress)
         layout = parts.layout([planned.name for planned in cached.plan.caches])
         kept = _worthwhile(cached, layout, rows)
         if len(kept) < len(layout.caches):  # fewer caches cut the model into fewer, longer parts
@@ -119,8 +117,36 @@ def optimize(
     return model
 
 
+def uncertified(
+    cached: CachedModel, sample: Batch, *, backends: Sequence[str] | None = None, precision: str = "float32"
+) -> CachedModel:
+    """All caches of `cached`, under its thresholds, on the fastest back ends: for timing, and for nothing else.
+
+    sample: some hundred rows, which calibrate and time the parts. Lower precision changes answers, so the certificate's
+    bound is 1. The other arguments and the errors are those of `optimize`.
+    """
+    tried, precisions = _backends(backends), _precisions(precision)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        parts = _Parts(cached, sample, tried, precisions, show=False)
+        layout = parts.layout([planned.name for planned in cached.plan.caches])
+        none = dataclasses.replace(cached.certificate, n=0, errors=0, bound=1.0, procedure="none: for timing only")
+        model = _assembled(cached, layout, cached.plan, none)
+    model.summary["optimized"] = {
+        "precision": precision,
+        "parts": [asdict(choice) for choice in parts.choices_of(layout)],
+        "left_out": parts.left_out,
+    }
+    return model
+
+
 def _backends(names: Sequence[str] | None) -> list[Backend]:
     return [backend_named(name) for name in (TRIED if names is None else names)]
+
+
+def _precisions(lowest: str) -> tuple[str, ...]:
+    if lowest not in PRECISIONS:
+        raise InputError(f"unknown precision {lowest!r}; known: {', '.join(PRECISIONS)}")
+    return PRECISIONS[: PRECISIONS.index(lowest) + 1]
 
 
 # -- the inputs ------------------------------------------------------------------------------------
@@ -354,7 +380,7 @@ class _Parts:
             raise BackendError(
                 f"{backend.name} in float32 differs from eager by {difference.relative:.1e} of the largest number"
             )
-        return _Built(backend.name, precision, one, many, difference.relative)
+        return _Built(backend.name, precision, one.run, many.run, difference.relative)  # each gets what another gave
 
     def _note(self, name: str, rows: int, ranked: list[tuple[_Built, float]]) -> None:
         fastest, ms = ranked[0]

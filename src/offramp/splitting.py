@@ -196,11 +196,14 @@ class _Output:
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]  # `_Leaf.ROWS`, or a constant
+    bare: bool  # one tensor, in nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Output:
         return self  # immutable; and copying a TreeSpec calls what torch has deprecated
 
     def restore(self, rows: Sequence[Tensor]) -> Any:
+        if self.bare:
+            return rows[0]
         values = iter(rows)
         return pytree.tree_unflatten([next(values) if leaf is _Leaf.ROWS else leaf for leaf in self.leaves], self.spec)
 
@@ -359,7 +362,7 @@ def _output_template(graph: Graph, output: Any) -> _Output:
             template.append(_Leaf.ROWS)
         else:
             raise Uncuttable(f"an output of the model is not one answer per row: it is {value!r:.80}")
-    return _Output(spec, tuple(template))
+    return _Output(spec, tuple(template), bare=isinstance(output, Tensor) and template == [_Leaf.ROWS])
 
 
 # --- explaining ------------------------------------------------------------------------------------------------
