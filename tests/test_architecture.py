@@ -17,7 +17,7 @@ RANKS = [
     "types errors tasks confidence streams flight progress augment unfused",
     "splitting graph tracing behaviour torchvision_shim cost caches calibration placement backends",
     "model recording distillation",
-    "candidates search methods choosing fitting evaluation optimizing summary artifact report",
+    "candidates search methods choosing fitting evaluation optimizing merging summary artifact report",
     "sources cli demo bench __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

@@ -13,7 +13,7 @@ import pytest
 import offramp
 
 FUNCTIONS = {"evaluate", "fit", "load", "optimize", "save", "split"}
-VALUES = {"CachedModel", "Certificate", "Evaluation", "Plan", "Prediction", "ResultCache"}
+VALUES = {"CachedModel", "Certificate", "Evaluation", "Merging", "Plan", "Prediction", "ResultCache"}
 ERRORS = {
     "ArtifactError",
     "BackendError",

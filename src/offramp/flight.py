@@ -8,6 +8,7 @@ Shape suffixes: L rows in `live`, B rows of the caller, C classes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,6 +67,27 @@ class Flight:
         opened = set(self.open)
         self.open = [number for number, row in enumerate(self.waiting) if row in opened]
         self.waiting = range(len(self.rows))
+
+    # -- several flights as one ------------------------------------------------------------------------
+
+    @classmethod
+    def merged(cls, flights: Sequence[Flight]) -> Flight:
+        """The rows of all these, which are at one split point. Rows that were answered must have been dropped."""
+        together = cls(tuple(torch.cat(column) for column in zip(*(flight.live for flight in flights), strict=True)))
+        names = set.intersection(*(set(flight.said) for flight in flights))
+        together.said = {name: torch.cat([flight.said[name] for flight in flights]) for name in names}
+        starts = itertools.accumulate((len(flight.rows) for flight in flights), initial=0)
+        together.open = [start + row for flight, start in zip(flights, starts, strict=False) for row in flight.open]
+        return together
+
+    def part(self, flights: Sequence[Flight]) -> None:
+        """Give the flights that were merged into this one their rows' answers, once no row waits."""
+        logits, (left_at, confidence), end = self.logits(), self._exits(), 0
+        for flight in flights:
+            begin, end = end, end + len(flight.rows)
+            own = logits[begin:end].clone()  # what one caller does to its answers does not reach another's
+            flight.answered.append(Answered(flight.rows, own, left_at[begin:end], confidence[begin:end]))
+            flight.waiting = ()
 
     # -- what was answered, in the caller's order, once no row waits -----------------------------------
 
