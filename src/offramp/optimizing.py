@@ -44,7 +44,7 @@ from offramp.types import Certificate, CostTable, LatencyRatio, PartCost, Plan, 
 log = logging.getLogger("offramp")
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-TRIED = ("eager", "compile", "onnxruntime", "openvino")  # AOTInductor's kernels are those of "compile"
+TRIED = ("eager", "compile", "onnxruntime", "openvino", "cudagraphs")  # AOTInductor's kernels are those of "compile"
 ONE, MANY = 1, 32  # rows that a part is timed with
 FULL = "full model"
 SAMPLE_SLACK = 3.0  # inputs of the sample that may differ by chance
@@ -80,7 +80,7 @@ def optimize(
     """The same caches on the fastest back ends for this machine, tuned and certified again; `cached` stays as it is.
 
     stream: unlabelled inputs that the fit has not seen, as many as a fit takes for certification. backends: those to
-    try, by name (`offramp.backends.BACKENDS`); by default all that are installed.
+    try, by name (`offramp.backends.BACKENDS`); by default all that are installed and run on the model's device.
     precision: the lowest allowed: "float32", "bfloat16" or "int8". Tolerance and confidence level: those of `cached`.
 
     A back end that is missing, fails or differs from eager in float32 is left out, and `summary["optimized"]` says so.
@@ -88,7 +88,7 @@ def optimize(
 
     Raises InputError for arguments that do not fit, StreamError when the stream is too short.
     """
-    chosen, precisions = _backends(backends), _precisions(precision)
+    chosen, precisions = _backends(backends, cached.split_model.device), _precisions(precision)
     if cached.split_model.optimized:
         raise InputError("this model is optimized already; pass the one that it was made from")
     tolerance, level = cached.certificate.tolerance, cached.certificate.confidence_level
@@ -125,7 +125,7 @@ def uncertified(
     sample: some hundred rows, which calibrate and time the parts. Lower precision changes answers, so the certificate's
     bound is 1. The other arguments and the errors are those of `optimize`.
     """
-    tried, precisions = _backends(backends), _precisions(precision)
+    tried, precisions = _backends(backends, cached.split_model.device), _precisions(precision)
     with torch.inference_mode(mode=False), torch.no_grad():
         parts = _Parts(cached, sample, tried, precisions, show=False)
         layout = parts.layout([planned.name for planned in cached.plan.caches])
@@ -139,8 +139,10 @@ def uncertified(
     return model
 
 
-def _backends(names: Sequence[str] | None) -> list[Backend]:
-    return [backend_named(name) for name in (TRIED if names is None else names)]
+def _backends(names: Sequence[str] | None, device: torch.device) -> list[Backend]:
+    if names is not None:
+        return [backend_named(name) for name in names]
+    return [backend for backend in map(backend_named, TRIED) if backend.only_on in (None, device.type)]
 
 
 def _precisions(lowest: str) -> tuple[str, ...]:

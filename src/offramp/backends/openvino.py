@@ -35,7 +35,7 @@ class OpenVino(Backend):
 
     name = "openvino"
     precisions = ("float32", "bfloat16", "int8")
-    cpu_only = True
+    only_on = "cpu"
     faster_static = True
 
     def missing(self) -> str | None:
