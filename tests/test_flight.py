@@ -29,6 +29,13 @@ def test_a_threshold_is_met_when_it_is_equalled_and_never_by_nan() -> None:
     assert list(flown.waiting) == [0, 1, 2, 3], "nobody has left yet"
 
 
+def test_a_threshold_is_as_exact_as_when_it_was_certified() -> None:
+    """Records hold float32 and are compared with float64: rounded up, 0.7 would be met by what is below it."""
+    sure = torch.tensor([0.7]).tolist()
+    assert sure[0] < 0.7
+    assert flight(1).hits(sure, 0.7) == []
+
+
 @pytest.mark.parametrize("compact", [True, False])
 def test_every_row_gets_its_own_answer_in_the_callers_order(*, compact: bool) -> None:
     flown = flight(5)

@@ -34,7 +34,7 @@ class Merging:
     """A cached model that several threads call at once: same call, same output; misses of concurrent calls merge.
 
     A call waits at the first split point with caches where that pays by the model's cost table: where running its rows
-    alone takes at least `max_wait_ms` (milliseconds) more than as a part of the largest batch that was measured. It
+    alone takes over `max_wait_ms` (milliseconds) more than as a part of the largest batch that was measured. It
     waits no longer than that, nor when `max_rows` are together, nor when no other call is on its way to join. Where the
     table says that nothing is saved, calls run as they would without this.
 
@@ -142,10 +142,8 @@ class Merging:
         if len(flights) == 1:
             self._finish(position, flights[0])
             return
-        with (
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-        ):  # whichever mode the others are in, they can use the answers
+        # Whichever mode the callers are in, each can use what is made outside of inference mode.
+        with torch.inference_mode(mode=False), torch.no_grad():
             together = Flight.merged(flights)
             self._finish(position, together)
             together.part(flights)

@@ -94,9 +94,10 @@ class CachedModel(nn.Module):
         if results is not None and results.on:
             return self.split_model.unflatten((self._recall_or_route(batch, results).logits_BC,))
         if len(batch) and self.bypasses(len(batch)):
-            if not self.split_model.optimized:  # where it is, `full` checks them itself
-                self.split_model.flatten(batch)  # refuses the same inputs as with caches
             with torch.no_grad():
+                if self.split_model.optimized:
+                    return self.split_model.unflatten(self.split_model.full_leaves(batch))
+                self.split_model.flatten(batch)  # refuses the same inputs as with caches
                 return self.split_model.full(*args, **kwargs)
         return self.split_model.unflatten((self._route(batch).logits(),))
 
