@@ -75,6 +75,15 @@ def run(call: Callable[[Tensor], object], images: Tensor, threads: int, calls: i
     return time.perf_counter() - started, times_ms
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| threads that call | | images per s | p50 ms | p95 ms |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['threads']} | {row['way']} | {row['images_per_s']:.1f} | {row['p50_ms']:.1f} | {row['p95_ms']:.1f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     options = arguments()
     zoo = common.zoo()
@@ -87,7 +96,6 @@ def main() -> None:
         ways[f"merged, up to {wait_ms:g} ms"] = Merging(cached, max_wait_ms=wait_ms)
         ways[f"merged always, up to {wait_ms:g} ms"] = always(cached, wait_ms)
     print(f"one image from there on takes {saved_ms(cached.costs, POSITION, 1):.2f} ms more alone than among 32")
-    print("| threads that call | | images per s | p50 ms | p95 ms |\n|---|---|---|---|---|")
     rows = []
     for threads in options.threads:
         measured: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in ways}
@@ -99,7 +107,7 @@ def main() -> None:
             p50, p95 = np.percentile(times_ms, (50, 95))
             per_s = len(times_ms) / math.fsum(seconds for seconds, _ in rounds)
             rows.append({"threads": threads, "way": name, "images_per_s": per_s, "p50_ms": p50, "p95_ms": p95})
-            print(f"| {threads} | {name} | {per_s:.1f} | {p50:.1f} | {p95:.1f} |", flush=True)
+    print(table(rows))
     result = common.document("merging misses, ResNet-18 / CIFAR-10", rows)
     common.finish(result | {"saved_ms": saved_ms(cached.costs, POSITION, 1)}, options.out)
 

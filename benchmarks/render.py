@@ -12,6 +12,7 @@ from typing import Any
 import breaches
 import common
 import comparison
+import merging
 import optimized
 import overhead
 import replication
@@ -40,7 +41,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "split_table"),
+    *("learning_curve", "overhead", "merging", "split_table"),
 )
 
 
@@ -121,6 +122,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "replication": lambda document: replication.table(document["rows"]),
     "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
     "overhead": lambda document: overhead.table(document["rows"]),
+    "merging": lambda document: merging.table(document["rows"]),
     "split": families,
 }
 
