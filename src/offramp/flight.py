@@ -46,11 +46,12 @@ class Flight:
     def answer(self, hits: Sequence[int], logits_LC: Tensor, left_at: int, confidence_L: Sequence[float]) -> None:
         """These rows leave, with their rows of these logits and confidences."""
         if len(hits) == len(self.rows):
-            rows, logits, confidence = self.rows, logits_LC, confidence_L
-        else:
-            rows, confidence = [self.rows[row] for row in hits], [confidence_L[row] for row in hits]
-            logits = logits_LC.index_select(0, index_on(logits_LC.device, hits))
-        self.answered.append(Answered(rows, logits, [left_at] * len(rows), confidence))
+            self.answered.append(Answered(self.rows, logits_LC, [left_at] * len(hits), confidence_L))
+            self.waiting = ()
+            return
+        rows, confidence = [self.rows[row] for row in hits], [confidence_L[row] for row in hits]
+        logits = logits_LC.index_select(0, index_on(logits_LC.device, hits))
+        self.answered.append(Answered(rows, logits, [left_at] * len(hits), confidence))
         gone = set(hits)
         self.waiting = [row for row in self.waiting if row not in gone]
 

@@ -269,13 +269,13 @@ def _lookups(split: SplitModel, caches: Sequence[Cache], plan: Plan) -> list[lis
 def as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     """The arguments of a call as a Batch; None counts as not given. Every tensor must have the same number of rows."""
     given = {name: value for name, value in kwargs.items() if value is not None}
-    wrong = [type(value).__name__ for value in (*args, *given.values()) if not isinstance(value, Tensor)]
-    if wrong or not (args or given):
+    tensors = (*args, *given.values())
+    wrong = [type(value).__name__ for value in tensors if not isinstance(value, Tensor)]
+    if wrong or not tensors:
         raise InputError(
             f"a cached model is called with tensors, as its backbone was when it was fitted; received {wrong}"
         )
-    batch = Batch(args, given)
-    if len({tensor.shape[:1] for tensor in batch.tensors}) > 1 or not batch.tensors[0].ndim:
-        shapes = [tuple(tensor.shape) for tensor in batch.tensors]
+    if not tensors[0].ndim or any(tensor.shape[:1] != tensors[0].shape[:1] for tensor in tensors[1:]):
+        shapes = [tuple(tensor.shape) for tensor in tensors]
         raise InputError(f"the inputs must share their first dimension, the batch; received shapes {shapes}")
-    return batch
+    return Batch(args, given)
