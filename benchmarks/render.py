@@ -12,7 +12,9 @@ from typing import Any
 import breaches
 import common
 import comparison
+import merging
 import optimized
+import overhead
 import replication
 
 RESULTS = common.ROOT / "benchmarks" / "results"
@@ -39,7 +41,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "split_table"),
+    *("learning_curve", "overhead", "merging", "split_table"),
 )
 
 
@@ -100,19 +102,6 @@ def candidates(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def overhead(document: dict[str, Any]) -> str:
-    lines = [
-        "| enabled | batch | time: mean | p50 | p95 | full model ms | of it caches |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['enabled']} | {row['batch_size']} | {row['mean']:.3f} | {row['p50']:.3f} | {row['p95']:.3f} | "
-        f"{row['full_mean_ms']:.2f} | {row['caches_share']:.3f} |"
-        for row in document["rows"]
-    ]
-    return "\n".join(lines)
-
-
 def families(document: dict[str, Any]) -> str:
     lines = ["| model | split points | traced by | proof | seconds |", "|---|---|---|---|---|"]
     for row in document["rows"]:
@@ -132,7 +121,8 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "breaches": lambda document: breaches.table(document["rows"]),
     "replication": lambda document: replication.table(document["rows"]),
     "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
-    "overhead": overhead,
+    "overhead": lambda document: overhead.table(document["rows"]),
+    "merging": lambda document: merging.table(document["rows"]),
     "split": families,
 }
 

@@ -14,11 +14,11 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "offramp"
 
 RANKS = [
-    "types errors tasks confidence streams progress augment unfused",
+    "types errors tasks confidence streams flight progress augment unfused",
     "splitting graph tracing behaviour torchvision_shim cost caches calibration placement backends",
     "model recording distillation",
-    "candidates search methods choosing fitting evaluation parts cuts rebuilding optimizing profiling summary artifact "
-    "report",
+    "candidates search methods choosing fitting evaluation parts cuts rebuilding optimizing profiling merging summary "
+    "artifact report",
     "sources cli demo bench __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

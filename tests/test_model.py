@@ -31,6 +31,7 @@ from models import (
     thresholds_at,
 )
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from offramp.caches import LearnedCache
@@ -177,6 +178,63 @@ def test_two_caches_at_one_point(cnn: SplitModel) -> None:
         prediction = cached_model(cnn, caches, [0.5, 0.5], compaction=compaction).predict(x)
         assert prediction.answer_B.tolist() == [3, 3, 4, 4]
         assert caches[1].calls == [2 if compaction else 4]
+
+
+# --- what the device is waited for ----------------------------------------------------------------
+
+
+class Waits(TorchFunctionMode):
+    """Notes what would make a caller wait for a GPU: values that are read, and tensors whose size depends on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in READ or (name in INDEXED and any(_is_mask(key) for key in pytree.tree_leaves(args[1]))):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+READ = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
+READ |= {"nonzero", "argwhere", "masked_select", "unique", "bincount", "repeat_interleave"}
+INDEXED = {"__getitem__", "__setitem__"}
+
+
+def _is_mask(key: object) -> bool:
+    return isinstance(key, Tensor) and key.dtype is torch.bool
+
+
+def test_waits_are_seen() -> None:
+    x = torch.tensor([1.0, -1.0])
+    with Waits() as waits:
+        int((x > 0).sum())
+        float(x[0])
+        bool(x.any())
+        x.tolist()
+        x[x > 0]
+        x[x < 0] = 2.0
+        x.nonzero()
+        x[torch.tensor([0])]
+    assert waits.seen == ["__int__", "__float__", "__bool__", "tolist", "__getitem__", "__setitem__", "nonzero"]
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_device_is_waited_for_once_per_enabled_cache(
+    cnn: SplitModel, three: list[LearnedCache], rows: int, *, compaction: bool
+) -> None:
+    cached = cached_model(cnn, three, thresholds_at(cnn, three, [0.3] * 3), compaction=compaction)
+    exits: set[int] = set()
+    for seed in range(5):
+        x = images(rows, seed)
+        with Waits() as waits:
+            cached(x)
+        left_at = cached.predict(x).left_at_B.tolist()
+        assert waits.seen == ["tolist"] * min(max(left_at) + 1, len(three)), "none behind the last row"
+        exits |= set(left_at)
+    assert len(exits) > 1, "some rows should hit and some miss, or the test shows nothing"
 
 
 # --- what goes in and what comes out --------------------------------------------------------------

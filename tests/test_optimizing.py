@@ -22,7 +22,7 @@ from offramp.caches import Cache, Reduction
 from offramp.cost import flop_shares
 from offramp.errors import ArtifactError, InputError, StreamError
 from offramp.model import CachedModel
-from offramp.optimizing import optimize
+from offramp.optimizing import optimize, uncertified
 from offramp.parts import Fastest
 from offramp.rebuilding import OptimizedModel
 from offramp.splitting import split
@@ -360,6 +360,18 @@ def test_a_model_without_caches_gets_the_fastest_full_model(fake: Fake) -> None:
 def test_one_row_and_more_take_their_own_programs() -> None:
     said = Fastest(lambda x: "one", lambda x: "many")
     assert [said(torch.zeros(rows, 2)) for rows in (1, 2, 32)] == ["one", "many", "many"]
+
+
+def test_all_caches_move_for_timing_and_certify_nothing(fake: Fake) -> None:
+    cached = make()
+    sample = Batch((torch.cat(stream(100)),))
+    moved = uncertified(cached, sample, backends=["fake"], precision="int8")
+    assert moved.plan == cached.plan
+    assert (moved.certificate.n, moved.certificate.bound) == (0, 1.0)
+    assert {part["backend"] for part in moved.summary["optimized"]["parts"]} == {"fake"}
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(moved(x), cached(x))
+    torch.testing.assert_close(moved(x[:1]), cached(x[:1]))
 
 
 def test_merged_stages_give_the_same_answers() -> None:

@@ -13,7 +13,7 @@ import pytest
 import offramp
 
 FUNCTIONS = {"evaluate", "fit", "load", "optimize", "profile", "save", "split"}
-VALUES = {"CachedModel", "Certificate", "Evaluation", "Plan", "Prediction", "Profile", "ResultCache"}
+VALUES = {"CachedModel", "Certificate", "Evaluation", "Merging", "Plan", "Prediction", "Profile", "ResultCache"}
 ERRORS = {
     "ArtifactError",
     "BackendError",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from offramp.evaluation import evaluate as evaluate
     from offramp.fitting import fit as fit
+    from offramp.merging import Merging as Merging
     from offramp.model import CachedModel as CachedModel
     from offramp.model import Prediction as Prediction
     from offramp.optimizing import optimize as optimize
@@ -56,6 +57,7 @@ _HOME = {
     "profile": "profiling",
     "save": "artifact",
     "load": "artifact",
+    "Merging": "merging",
     "CachedModel": "model",
     "Prediction": "model",
     "ResultCache": "caches.result",

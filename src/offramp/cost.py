@@ -355,30 +355,29 @@ def _measure_routing(split: SplitModel, rows: int) -> tuple[RoutingCost, ...]:
 
 
 def _measure_lookup(device: torch.device, wait: Callable[[], None]) -> float:
-    """Milliseconds of comparing the confidences of 8 rows with a threshold and waiting for the hits."""
+    """Milliseconds of waiting for the confidences of 8 rows and comparing them with a threshold."""
     confidence_B = torch.linspace(0, 1, ROUTING_ROWS, device=device)
-    waiting_B = torch.ones(ROUTING_ROWS, dtype=torch.bool, device=device)
 
-    def look() -> int:
-        return int((waiting_B & (confidence_B >= 0.5)).sum())
+    def look() -> object:
+        return [row for row, confidence in enumerate(confidence_B.tolist()) if confidence >= 0.5]
 
     return time_call(look, repeats=ROUTING_REPEATS, budget_s=ROUTING_BUDGET_S, synchronize=wait).median_ms
 
 
 def _measure_compaction(live: tuple[Tensor, ...], rows: int, wait: Callable[[], None]) -> tuple[float, float]:
-    """(fixed ms, ms per kept row) of keeping some rows of all live values, and of the numbers of the rows."""
-    number_B = torch.arange(rows, device=live[0].device)
+    """(fixed ms, ms per kept row) of keeping some rows of all live values."""
     kept_counts = sorted({1, rows // 4, rows // 2, 3 * rows // 4})
 
-    def keep(waiting_B: Tensor) -> object:
-        kept = waiting_B.nonzero().squeeze(1)
-        return [value.index_select(0, kept) for value in live], number_B[kept], waiting_B[kept]
+    def keep(kept: Sequence[int]) -> object:
+        index = torch.tensor(kept).to(live[0].device, non_blocking=True)
+        return [value.index_select(0, index) for value in live]
 
     def run() -> list[float]:
-        return [_timed(partial(keep, waiting_B), wait)[0] for waiting_B in masks]
+        return [_timed(partial(keep, kept), wait)[0] for kept in spread]
 
-    masks = [number_B * count % rows < count for count in kept_counts]  # spread evenly over the batch
-    timings = _alternate(run, repeats=ROUTING_REPEATS, budget_s=ROUTING_BUDGET_S * len(masks))
+    # Evenly over the batch.
+    spread = [[row for row in range(rows) if row * count % rows < count] for count in kept_counts]
+    timings = _alternate(run, repeats=ROUTING_REPEATS, budget_s=ROUTING_BUDGET_S * len(spread))
     return _line(kept_counts, [timing.median_ms for timing in timings])
 
 

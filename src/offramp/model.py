@@ -1,8 +1,8 @@
 """The cached model: the backbone's call, with caches in the way that answer what they can.
 
-The hot loop is `_route`: look the activation up, write the hits' answers, drop them from the batch where that pays, run
-the next stage. It reads the plan and knows nothing of training, search or calibration. Whatever goes wrong in a cache
-is a miss: the failing cache and all later ones are switched off, which can only remove disagreements, never add any.
+The hot loop is `_route`: look the activation up, let the hits leave, drop them from the batch where that pays, run the
+next stage. It reads the plan and knows nothing of training, search or calibration. Whatever goes wrong in a cache is a
+miss: the failing cache and all later ones are switched off, which can only remove disagreements, never add any.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from offramp.caches import Cache
 from offramp.caches.result import ResultCache
 from offramp.cost import compaction_rule
 from offramp.errors import InputError
+from offramp.flight import Flight
 from offramp.splitting import SplitModel
 from offramp.streams import Batch
 from offramp.tasks import Classification
@@ -88,19 +89,21 @@ class CachedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's: same arguments, same output type. Raises InputError when the arguments do not fit."""
-        batch = _as_call(args, kwargs)
+        batch = as_call(args, kwargs)
         results = self._result_cache
         if results is not None and results.on:
             return self.split_model.unflatten((self._recall_or_route(batch, results).logits_BC,))
         if len(batch) and self.bypasses(len(batch)):
-            self.split_model.flatten(batch)  # refuses the same inputs as with caches
             with torch.no_grad():
+                if self.split_model.optimized:
+                    return self.split_model.unflatten(self.split_model.full_leaves(batch))
+                self.split_model.flatten(batch)  # refuses the same inputs as with caches
                 return self.split_model.full(*args, **kwargs)
-        return self.split_model.unflatten((self._route(batch).logits_BC,))
+        return self.split_model.unflatten((self._route(batch).logits(),))
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The same, and per row where it left and how sure that cache was."""
-        batch = _as_call(args, kwargs)
+        batch = as_call(args, kwargs)
         results = self._result_cache
         routed = self._answer(batch) if results is None else self._recall_or_route(batch, results)
         return Prediction(
@@ -110,87 +113,76 @@ class CachedModel(nn.Module):
             self.split_model.unflatten((routed.logits_BC,)),
         )
 
+    @torch.no_grad()
     def _answer(self, batch: Batch) -> _Routed:
         """By the stages and caches or, where these do not pay, by the full model alone."""
         if not len(batch) or not self.bypasses(len(batch)):
-            return self._route(batch)
-        self.split_model.flatten(batch)  # refuses the same inputs as with caches
-        with torch.no_grad():
-            return self._unanswered(len(batch), self.task.logits(self.split_model.full_leaves(batch)))
-
-    def _unanswered(self, rows: int, logits_BC: Tensor) -> _Routed:
-        """These logits, as long as no cache has answered."""
-        left_at_B = torch.full((rows,), len(self.plan.caches), device=self.split_model.device)
-        return _Routed(logits_BC.to(self._dtype), left_at_B, torch.ones(rows, device=self.split_model.device))
+            flight = self._route(batch)
+        else:
+            flight = Flight(self.split_model.flatten(batch))  # refuses the same inputs as with caches
+            self._land(flight, self.split_model.full_leaves(batch))
+        return _Routed(flight.logits(), *flight.exits())
 
     @torch.no_grad()
-    def _route(self, batch: Batch) -> _Routed:
-        split = self.split_model
-        live = split.flatten(batch)
-        total = len(batch)
-        out = self._unanswered(total, torch.empty(total, self._classes, dtype=self._dtype, device=split.device))
-        if total == 0:
-            return out
-        rows = torch.arange(total, device=split.device)  # the caller's numbers of the rows in `live`
-        waiting = torch.ones(total, dtype=torch.bool, device=split.device)  # those not yet answered
-        waiting_count = total
-        open_to_caches = waiting  # those that caches may still answer
-        said: dict[str, Tensor] = {}  # logits of earlier caches that later ones read, row by row as in `live`
-        for position, stage in enumerate(split.stages):
-            for slot in self._lookups[position]:
-                if slot >= self._live_lookups:
-                    break
-                answered = self._look_up(slot, split.activation(position, live), said)
-                if answered is None:
-                    break
-                logits, confidence = answered
-                threshold = self.plan.caches[slot].threshold
-                hit = open_to_caches & (confidence >= threshold)
-                # NaN compares false twice: a miss, and later caches do not answer this row either.
-                open_to_caches = open_to_caches & (confidence < threshold)
-                hits = int(hit.sum())  # waits for the device: what runs next depends on it
-                if hits == 0:
-                    continue
-                self._write_hits(out, slot, rows, hit, logits, confidence)
-                waiting_count -= hits
-                if waiting_count == 0:
-                    return out
-                waiting = waiting & ~hit
-                if self._compaction[position].pays(len(rows), waiting_count):
-                    kept = waiting.nonzero().squeeze(1)
-                    live = tuple(value.index_select(0, kept) for value in live)
-                    said = {name: value.index_select(0, kept) for name, value in said.items()}
-                    rows, waiting, open_to_caches = rows[kept], waiting[kept], open_to_caches[kept]
-            live = stage(*live)
-        out.logits_BC[rows[waiting]] = self.task.logits(live)[waiting].to(self._dtype)
-        return out
+    def _route(self, batch: Batch) -> Flight:
+        flight = self.depart(batch)
+        for position in range(len(self.split_model.stages)):
+            self.ask_caches(position, flight)
+            self.run_stage(position, flight)
+        return flight
 
-    def _look_up(self, slot: int, activation: Tensor, said: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    # -- the steps of a flight: as long as rows wait, without gradients --------------------------------
+
+    def depart(self, batch: Batch) -> Flight:
+        """All rows, at split point 0. Raises InputError when the batch does not fit."""
+        flight = Flight(self.split_model.flatten(batch))
+        if not flight.waiting:
+            self._land(flight, (torch.empty(0, self._classes, device=self.split_model.device),))
+        return flight
+
+    def ask_caches(self, position: int, flight: Flight) -> None:
+        """Look up the caches at a split point. Rows that they answer leave and, where that pays, are dropped."""
+        for slot, cache in self._lookups[position]:
+            if not flight.waiting or slot >= self._live_lookups:
+                return
+            said = self._look_up(slot, cache, self.split_model.activation(position, flight.live), flight.said)
+            if said is None:
+                return
+            logits_LC, confidence_L = said
+            hits = flight.hits(confidence_L, self.plan.caches[slot].threshold)
+            if hits:
+                flight.answer(hits, logits_LC.to(self._dtype), slot, confidence_L)
+                if self._compaction[position].pays(len(flight.rows), len(flight.waiting)):
+                    flight.compact()
+
+    def run_stage(self, position: int, flight: Flight) -> None:
+        """Run the stage behind a split point. Behind the last, all rows that wait get its answer."""
+        if flight.waiting:
+            flight.live = self.split_model.stages[position](*flight.live)
+            if position == len(self.split_model.stages) - 1:
+                self._land(flight, flight.live)
+
+    def _land(self, flight: Flight, leaves: Sequence[Tensor]) -> None:
+        flight.land(self.task.logits(leaves).to(self._dtype), len(self.plan.caches))
+
+    def _look_up(
+        self, slot: int, cache: Cache, activation: Tensor, said: dict[str, Tensor]
+    ) -> tuple[Tensor, list[float]] | None:
         """Logits and confidence of one cache, or None when it failed: then it and all later ones are off."""
-        cache = cast(Cache, self.caches[slot])
         try:
-            read = None if cache.reads is None else said[cache.reads]
-            logits, confidence = cache.look_up(activation, read)
-            if logits.shape != (len(activation), self._classes) or confidence.shape != (len(activation),):
+            logits, confidence = cache.look_up(activation, None if cache.reads is None else said[cache.reads])
+            rows = activation.shape[0]
+            if logits.shape != (rows, self._classes) or confidence.shape != (rows,):
                 raise ValueError(f"logits of shape {tuple(logits.shape)}, confidence of {tuple(confidence.shape)}")
             if logits.device != activation.device or confidence.device != activation.device:
                 raise ValueError(f"answers on {logits.device} and {confidence.device}, inputs on {activation.device}")
             said[cache.name] = logits
-            return logits, confidence
+            return logits, confidence.tolist()  # waits for the device: what runs next depends on it
         except Exception:  # fail closed: no error of a cache may reach the caller
             if slot < self._live_lookups:  # the first to notice says it
                 self._live_lookups = slot
                 log.exception("cache %s failed; it and all later caches are switched off", cache.name)
             return None
-
-    def _write_hits(
-        self, out: _Routed, slot: int, rows: Tensor, hit: Tensor, logits: Tensor, confidence: Tensor
-    ) -> None:
-        """Into `out`, what this cache said of the rows that it answered. rows: the caller's numbers of these rows."""
-        to = rows[hit]
-        out.logits_BC[to] = logits[hit].to(self._dtype)
-        out.left_at_B[to] = slot
-        out.confidence_B[to] = confidence[hit].float()
 
     @torch.no_grad()
     def _recall_or_route(self, batch: Batch, results: ResultCache) -> _Routed:
@@ -253,15 +245,15 @@ class CachedModel(nn.Module):
         return {**self.summary, "plan": self.plan.to_json(), "certificate": self.certificate.to_json()}
 
 
-def _lookups(split: SplitModel, caches: Sequence[Cache], plan: Plan) -> list[list[int]]:
-    """For each split point the positions in the plan of the caches that sit there."""
+def _lookups(split: SplitModel, caches: Sequence[Cache], plan: Plan) -> list[list[tuple[int, Cache]]]:
+    """For each split point the caches that sit there, with their positions in the plan."""
     names = [point.name for point in split.points]
     if [cache.name for cache in caches] != [planned.name for planned in plan.caches]:
         raise InputError(
             f"the caches {[cache.name for cache in caches]} are not those of the plan, "
             f"{[planned.name for planned in plan.caches]}"
         )
-    at: list[list[int]] = [[] for _ in names]
+    at: list[list[tuple[int, Cache]]] = [[] for _ in names]
     before = 0
     for slot, cache in enumerate(caches):
         if cache.point not in names:
@@ -270,20 +262,20 @@ def _lookups(split: SplitModel, caches: Sequence[Cache], plan: Plan) -> list[lis
         if position < before:
             raise InputError(f"cache {cache.name} at {cache.point!r} is listed behind a cache that is met after it")
         before = position
-        at[position].append(slot)
+        at[position].append((slot, cache))
     return at
 
 
-def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+def as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     """The arguments of a call as a Batch; None counts as not given. Every tensor must have the same number of rows."""
     given = {name: value for name, value in kwargs.items() if value is not None}
-    wrong = [type(value).__name__ for value in (*args, *given.values()) if not isinstance(value, Tensor)]
-    if wrong or not (args or given):
+    tensors = (*args, *given.values())
+    wrong = [type(value).__name__ for value in tensors if not isinstance(value, Tensor)]
+    if wrong or not tensors:
         raise InputError(
             f"a cached model is called with tensors, as its backbone was when it was fitted; received {wrong}"
         )
-    batch = Batch(args, given)
-    if len({tensor.shape[:1] for tensor in batch.tensors}) > 1 or not batch.tensors[0].ndim:
-        shapes = [tuple(tensor.shape) for tensor in batch.tensors]
+    if not tensors[0].ndim or any(tensor.shape[:1] != tensors[0].shape[:1] for tensor in tensors[1:]):
+        shapes = [tuple(tensor.shape) for tensor in tensors]
         raise InputError(f"the inputs must share their first dimension, the batch; received shapes {shapes}")
-    return batch
+    return Batch(args, given)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.backends import Backend, backend_named
+from offramp.backends import backend_named
 from offramp.caches import Cache
 from offramp.calibration import certify, inputs_needed, upper_bound
 from offramp.choosing import BATCH_SIZES, PATH_REACH, never_slower
@@ -42,7 +42,7 @@ from offramp.tasks import Classification
 from offramp.types import Certificate, CostTable, LatencyRatio, PartCost, Plan, Records
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-TRIED = ("eager", "compile", "onnxruntime", "openvino")  # AOTInductor's kernels are those of "compile"
+TRIED = ("eager", "compile", "onnxruntime", "openvino", "cudagraphs")  # AOTInductor's kernels are those of "compile"
 CALIBRATION_ROWS = 256  # for "int8" and for timing; used for nothing else
 TUNE_SHARE = 1 / 3  # of the other rows; the rest certifies
 MOST_ROWS, MOST_BYTES = 10_000, 2 << 30  # of the stream that are kept, whichever is less
@@ -62,8 +62,9 @@ def optimize(
 
     stream: unlabelled inputs that the fit has not seen, as many as a fit takes for certification; of more than 10,000,
     or 2 GiB, that many are drawn. backends: those to try, by name (`offramp.backends.BACKENDS`); by default all that
-    are installed. precision: the lowest allowed: "float32", "bfloat16" or "int8". Tolerance and confidence level are
-    those of `cached`. A model that is optimized already is optimized anew, from what it was made of.
+    are installed and run on the model's device. precision: the lowest allowed: "float32", "bfloat16" or "int8".
+    Tolerance and confidence level are those of `cached`. A model that is optimized already is optimized anew, from what
+    it was made of.
 
     A back end that is missing, fails or differs from eager in float32 is left out, and `summary["optimized"]` says so.
     The result runs on this hardware and with as many threads as torch has now. `save` keeps how it was made, and `load`
@@ -71,14 +72,10 @@ def optimize(
 
     Raises InputError for arguments that do not fit, StreamError when the stream is too short.
     """
-    chosen = _backends(backends)
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     base = cached.origin.base if isinstance(cached, OptimizedModel) else cached
+    race = _race(base, backends, precision)
     rows = _dealt(base, stream, seed)
-    allowed = PRECISIONS[: PRECISIONS.index(precision) + 1]
     with torch.inference_mode(mode=False), torch.no_grad():
-        race = Race(chosen, allowed, base.task, base.certificate.tolerance)
         job = _Job(base, rows, progress)
         setting, full_certificate = job.certified(job.tuned(race))
         latency: tuple[LatencyRatio, ...] = ()
@@ -89,6 +86,40 @@ def optimize(
             if not plan.caches:
                 setting = job.without_caches(setting, full_certificate)
         model = _assembled(base, setting, rows.sample)
+    _summarize(model, precision, race, latency)
+    return model
+
+
+def uncertified(
+    cached: CachedModel, sample: Batch, *, backends: Sequence[str] | None = None, precision: str = "float32"
+) -> OptimizedModel:
+    """All caches of `cached`, under its thresholds, on the fastest back ends: for timing, and for nothing else.
+
+    sample: some hundred rows, which calibrate and time the parts. Lower precision changes answers, so the certificate's
+    bound is 1. The other arguments and the errors are those of `optimize`.
+    """
+    race = _race(cached, backends, precision)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        layout = lay_out(cached, [planned.name for planned in cached.plan.caches], race, sample, show=False)
+        none = dataclasses.replace(cached.certificate, n=0, errors=0, bound=1.0, procedure="none: for timing only")
+        model = _assembled(cached, _Setting(layout, _costs(cached, layout), cached.plan, none), sample)
+    _summarize(model, precision, race, ())
+    return model
+
+
+def _race(cached: CachedModel, names: Sequence[str] | None, precision: str) -> Race:
+    """Between the back ends of these names, or all that run on the model's device."""
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    device = cached.split_model.device.type
+    backends = [backend_named(name) for name in (TRIED if names is None else names)]
+    if names is None:
+        backends = [backend for backend in backends if backend.only_on in (None, device)]
+    allowed = PRECISIONS[: PRECISIONS.index(precision) + 1]
+    return Race(backends, allowed, cached.task, cached.certificate.tolerance)
+
+
+def _summarize(model: OptimizedModel, precision: str, race: Race, latency: Sequence[LatencyRatio]) -> None:
     model.summary["optimized"] = {
         "precision": precision,
         "hardware": model.origin.hardware,
@@ -99,11 +130,6 @@ def optimize(
             for one in latency
         ],
     }
-    return model
-
-
-def _backends(names: Sequence[str] | None) -> list[Backend]:
-    return [backend_named(name) for name in (TRIED if names is None else names)]
 
 
 # -- the inputs ------------------------------------------------------------------------------------

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from offramp.caches import Cache
 from offramp.caches.result import Recalled, ResultCache
 from offramp.cost import checked_sizes, synchronizer
 from offramp.errors import StorageError, StreamError
 from offramp.evaluation import KEPT_ROWS, rows_from
+from offramp.flight import Flight
 from offramp.model import CachedModel
 from offramp.report.files import write_bytes
 from offramp.splitting import SplitModel
@@ -45,9 +47,9 @@ Event = Mapping[str, Any]
 class PartTime:
     """What one part takes of a call, in the mean over all calls.
 
-    kind: "flatten" (checks of the inputs), "stage", "cache" (a look-up), "decision" (comparing confidences with
-    thresholds and waiting for the device), "hits" (writing answers and dropping rows), "full" (the full model alone),
-    "result" (the result cache) or "rest" (Python, and the tensors that answers are written to). calls: those that
+    kind: "flatten" (checks of the inputs), "stage", "cache" (a look-up, and the wait for its confidences),
+    "decision" (comparing these with the threshold), "hits" (writing answers and dropping rows), "full" (the full model
+    alone), "result" (the result cache) or "rest" (Python, and putting the answers in order). calls: those that
     reached it. runs: how often it ran in all, and rows: on how many rows; for "hits" the rows that were answered.
     """
 
@@ -285,43 +287,58 @@ class _Watched(CachedModel):
         """All that a call may reach, in this order, and last what is common to all."""
         parts = [FLATTEN] if self.result_cache is None else [FLATTEN, RECALL]
         for slots, stage in zip(self._lookups, self._stage_parts, strict=True):
-            parts += [*(self._cache_parts[slot] for slot in slots), stage]
+            parts += [*(self._cache_parts[slot] for slot, _ in slots), stage]
         parts += [DECISION, HITS, FULL]
         return [*parts, REST] if self.result_cache is None else [*parts, REMEMBER, REST]
 
     def watch(self, batch: Batch) -> _Call:
         """One call, watched."""
-        at_the_end = len(self.plan.caches)
-        self._left_B = self._routed_B = torch.full((len(batch),), at_the_end)  # stays where nothing is routed
+        self._flight: Flight | None = None  # none where nothing is routed
+        self._recalled: Tensor | None = None
         self._watch.start()
         self(*batch.args, **batch.kwargs)
         laps = self._watch.stop()
-        return _Call(laps, Counter(self._left_B.tolist()), Counter(self._routed_B.tolist()))
+        routed = [len(self.plan.caches)] * len(batch) if self._flight is None else self._flight.exits()[0].tolist()
+        left = routed if self._recalled is None else self._recalled.tolist()
+        return _Call(laps, Counter(left), Counter(routed))
 
-    def _look_up(self, slot: int, activation: Tensor, said: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def depart(self, batch: Batch) -> Flight:
+        self._flight = _WatchedFlight(super().depart(batch), self._watch, len(self.plan.caches))
+        return self._flight
+
+    def _look_up(
+        self, slot: int, cache: Cache, activation: Tensor, said: dict[str, Tensor]
+    ) -> tuple[Tensor, list[float]] | None:
         rows = len(activation)
         self._watch.switch(self._cache_parts[slot], rows, slot)
-        answered = super()._look_up(slot, activation, said)
+        answered = super()._look_up(slot, cache, activation, said)
         if answered is None:
             self._watch.switch()
         else:
-            self._watch.switch(DECISION, rows, slot)  # until hits are written or the next part begins
+            self._watch.switch(DECISION, rows, slot)  # until rows leave or the next part begins
         return answered
-
-    def _write_hits(self, out: Any, slot: int, *rest: Any) -> None:
-        self._watch.switch(HITS, 0, slot)  # until the next part begins: compaction follows
-        super()._write_hits(out, slot, *rest)
-
-    def _route(self, batch: Batch) -> Any:
-        routed = super()._route(batch)
-        self._watch.switch()
-        self._left_B = self._routed_B = routed.left_at_B
-        return routed
 
     def _recall_or_route(self, batch: Batch, results: ResultCache) -> Any:
         routed = super()._recall_or_route(batch, results)
-        self._left_B = routed.left_at_B
+        self._recalled = routed.left_at_B
         return routed
+
+
+class _WatchedFlight(Flight):
+    """Takes over a flight before it has moved."""
+
+    def __init__(self, flight: Flight, watch: _Stopwatch, end: int) -> None:
+        vars(self).update(vars(flight))
+        self._watch, self._end = watch, end
+
+    def answer(self, hits: Sequence[int], logits_LC: Tensor, left_at: int, confidence_L: Sequence[float]) -> None:
+        if left_at != self._end:
+            self._watch.switch(HITS, 0, left_at)  # until the next part begins: compaction follows
+        super().answer(hits, logits_LC, left_at, confidence_L)
+
+    def logits(self) -> Tensor:
+        self._watch.switch()
+        return super().logits()
 
 
 # --- the run --------------------------------------------------------------------------------------

@@ -78,7 +78,9 @@ class SplitModel:
         arguments = named_arguments(self._signature, example)
         # The placeholders, the example's tensors and these names are in one order.
         self._arguments = dict(sorted(arguments.items(), key=lambda item: index_of(item[1], example.tensors)))
-        self._inputs = [list(self._arguments)[graph.placeholders.index(node)] for node in cuts[0].live]
+        self._call = (len(example.args), *example.kwargs)
+        self._rows = [(tensor.shape[1:], tensor.dtype) for tensor in self._arguments.values()]
+        self._inputs = [graph.placeholders.index(node) for node in cuts[0].live]
         self._activations = [_input_activation(graph, cuts[0]), *(cut.live.index(cut.node) for cut in cuts[1:])]
         self.points = tuple(
             _point(graph, cut, position, self._activations[position]) for position, cut in enumerate(cuts)
@@ -95,29 +97,37 @@ class SplitModel:
 
     def flatten(self, batch: Batch) -> tuple[Tensor, ...]:
         """The live values at point 0. Raises InputError when the batch does not fit the example."""
-        if (len(batch.args), *batch.kwargs) == (len(self.example.args), *self.example.kwargs):
-            arguments = dict(zip(self._arguments, batch.tensors, strict=True))
+        if (len(batch.args), *batch.kwargs) == self._call:
+            tensors = batch.tensors
         else:
             arguments = named_arguments(self._signature, batch)
-        if arguments.keys() != self._arguments.keys():
-            raise InputError(
-                f"the batch gives the arguments {sorted(arguments)}; the model was split with "
-                f"{sorted(self._arguments)}. Pass the same arguments, or split the model again with this form of input."
-            )
-        for name, expected in self._arguments.items():
-            received = arguments[name]
-            if received.shape[1:] != expected.shape[1:] or received.dtype != expected.dtype:
+            if arguments.keys() != self._arguments.keys():
                 raise InputError(
+                    f"the batch gives the arguments {sorted(arguments)}; the model was split with "
+                    f"{sorted(self._arguments)}. Pass the same arguments, or split the model again with this form of "
+                    "input."
+                )
+            tensors = tuple(arguments[name] for name in self._arguments)
+        for received, (shape, dtype) in zip(tensors, self._rows, strict=True):
+            if received.shape[1:] != shape or received.dtype != dtype or received.device != self.device:
+                raise self._misfit(tensors)
+        return tuple(tensors[number] for number in self._inputs)
+
+    def _misfit(self, tensors: Sequence[Tensor]) -> InputError:
+        """What is wrong with the first of these arguments that does not fit the example."""
+        for received, (name, expected) in zip(tensors, self._arguments.items(), strict=True):
+            if received.shape[1:] != expected.shape[1:] or received.dtype != expected.dtype:
+                return InputError(
                     f"`{name}` has shape {tuple(received.shape)} and type {dtype_name(received)}; expected "
                     f"{('batch', *expected.shape[1:])} and {dtype_name(expected)}, as in the example. "
                     "Resize, pad or convert the input, or split the model again for this shape."
                 )
             if received.device != self.device:
-                raise InputError(
+                return InputError(
                     f"`{name}` is on {received.device}, the model on {self.device}; move it with "
                     f"`.to({str(self.device)!r})`"
                 )
-        return tuple(arguments[name] for name in self._inputs)
+        raise AssertionError("all arguments fit")
 
     def activation(self, position: int, live: Sequence[Tensor]) -> Tensor:
         """What caches read at a split point, among its live values."""
@@ -196,11 +206,14 @@ class _Output:
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]  # `_Leaf.ROWS`, or a constant
+    bare: bool  # one tensor, in nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Output:
         return self  # immutable; and copying a TreeSpec calls what torch has deprecated
 
     def restore(self, rows: Sequence[Tensor]) -> Any:
+        if self.bare:
+            return rows[0]
         values = iter(rows)
         return pytree.tree_unflatten([next(values) if leaf is _Leaf.ROWS else leaf for leaf in self.leaves], self.spec)
 
@@ -359,7 +372,7 @@ def _output_template(graph: Graph, output: Any) -> _Output:
             template.append(_Leaf.ROWS)
         else:
             raise Uncuttable(f"an output of the model is not one answer per row: it is {value!r:.80}")
-    return _Output(spec, tuple(template))
+    return _Output(spec, tuple(template), bare=isinstance(output, Tensor) and template == [_Leaf.ROWS])
 
 
 # --- explaining ------------------------------------------------------------------------------------------------

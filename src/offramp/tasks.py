@@ -23,8 +23,8 @@ class Classification:
 
     def logits(self, leaves: Sequence[Tensor]) -> Tensor:
         """The (B, C) logits among the tensors of an output. Raises InputError when it is not exactly that."""
-        shapes = [tuple(leaf.shape) for leaf in leaves]
         if len(leaves) != 1 or leaves[0].ndim != 2 or not leaves[0].is_floating_point():
+            shapes = [tuple(leaf.shape) for leaf in leaves]
             raise InputError(
                 f"the backbone returns tensors of shapes {shapes}; classification needs exactly one, logits of shape "
                 "(batch, classes). Wrap the backbone in a module that returns only its logits."

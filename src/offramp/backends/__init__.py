@@ -9,6 +9,7 @@ from __future__ import annotations
 from offramp.backends.base import Backend
 from offramp.backends.comparing import Difference, check, compare
 from offramp.backends.compiled import AotInductor, Compiled
+from offramp.backends.cudagraphs import CudaGraphs
 from offramp.backends.eager import Eager
 from offramp.backends.onnxruntime import OnnxRuntime
 from offramp.backends.openvino import OpenVino
@@ -18,7 +19,7 @@ from offramp.errors import InputError
 __all__ = ["BACKENDS", "Backend", "Difference", "Part", "backend_named", "check", "compare"]
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Eager(), Compiled(), AotInductor(), OnnxRuntime(), OpenVino())
+    backend.name: backend for backend in (Eager(), Compiled(), AotInductor(), OnnxRuntime(), OpenVino(), CudaGraphs())
 }
 
 

@@ -58,7 +58,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
-    cpu_only: ClassVar[bool] = False
+    only_on: ClassVar[str | None] = None  # the type of device that it runs on, where that is one alone
     faster_static: ClassVar[bool] = False  # whether a fixed number of rows is worth a program of its own
 
     @abstractmethod
@@ -119,10 +119,10 @@ class Backend(ABC):
             raise InputError(f"the part is in train mode ({', '.join(training[:5])}); call `.eval()` on it first")
         if problem := self.missing():
             raise BackendError(f"{self.name} cannot be used here: {problem}")
-        if self.cpu_only and example[0].device.type != "cpu":
+        if self.only_on not in (None, example[0].device.type):
             raise BackendError(
-                f"{self.name} runs on the CPU here, and the part is on {example[0].device}; move it there, or take "
-                "another backend"
+                f"{self.name} runs on {self.only_on} here, and the part is on {example[0].device}; move it there, or "
+                "take another backend"
             )
 
 

@@ -27,7 +27,7 @@ class OnnxRuntime(Backend):
 
     name = "onnxruntime"
     precisions = ("float32", "int8")
-    cpu_only = True
+    only_on = "cpu"
 
     def missing(self) -> str | None:
         return not_installed(("onnxruntime", "onnx", "onnxscript"), extra="onnxruntime")

@@ -35,7 +35,7 @@ class OpenVino(Backend):
 
     name = "openvino"
     precisions = ("float32", "bfloat16", "int8")
-    cpu_only = True
+    only_on = "cpu"
     faster_static = True
 
     def missing(self) -> str | None:
@@ -89,8 +89,8 @@ class _Request:
             # request's, and the next call writes into it.
             for number, tensor in enumerate(given):
                 self._request.set_input_tensor(number, self._wrap(tensor.numpy(), shared_memory=True))
-            self._request.infer()
-            outputs = [self._request.get_output_tensor(number).data.copy() for number in self._outputs]
+            results = self._request.infer(share_outputs=True)
+            outputs = [results[number].copy() for number in self._outputs]
         return [torch.from_numpy(output) for output in outputs]
 
 

@@ -44,7 +44,12 @@ class Part:
         rows = self.form.rows(inputs)
         if self.static_rows not in (None, rows):
             raise InputError(f"this part was built for exactly {self.static_rows} rows; received {rows}")
-        return self.form.restore(inputs, self._program(inputs) if rows else self.form.empty())
+        return self.run(*inputs) if rows else self.form.restore(inputs, self.form.empty())
+
+    def run(self, *inputs: Tensor) -> Output:
+        """The same for inputs that are known to fit, at least one row: between parts, checks add up."""
+        assert self._program is not None
+        return self.form.restore(inputs, self._program(inputs))
 
     def close(self) -> None:
         """Lets go of the runtime's memory now, and not when this object is no longer used."""
