@@ -14,6 +14,7 @@ import common
 import comparison
 import optimized
 import replication
+import scale
 
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGE = common.ROOT / "docs" / "results.md"
@@ -39,7 +40,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "split_table"),
+    *("learning_curve", "overhead", "scale", "split_table"),
 )
 
 
@@ -133,6 +134,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "replication": lambda document: replication.table(document["rows"]),
     "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
     "overhead": overhead,
+    "scale": lambda document: scale.table(document["rows"]),
     "split": families,
 }
 
