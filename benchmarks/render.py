@@ -16,6 +16,7 @@ import merging
 import optimized
 import overhead
 import replication
+import scale
 
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGE = common.ROOT / "docs" / "results.md"
@@ -41,7 +42,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "merging", "split_table"),
+    *("learning_curve", "overhead", "merging", "scale", "split_table"),
 )
 
 
@@ -123,6 +124,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
     "overhead": lambda document: overhead.table(document["rows"]),
     "merging": lambda document: merging.table(document["rows"]),
+    "scale": lambda document: scale.table(document["rows"]),
     "split": families,
 }
 

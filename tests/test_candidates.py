@@ -434,6 +434,57 @@ def test_a_method_may_fix_the_confidence_of_all_caches(recording: Recording) -> 
             assert trained.confidence_N == pytest.approx(trained.cache.confidence(trained.on(tune)).double().numpy())
 
 
+def test_logits_are_looked_at_a_few_rows_at_a_time(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_candidates(recording)
+    expected.records(train_two(expected), CERTIFY)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 7)
+    rows: list[int] = []
+    at = Trained.on
+
+    def watched(trained: Trained, index: NDArray[np.intp]) -> Tensor:
+        rows.append(len(index))
+        return at(trained, index)
+
+    monkeypatch.setattr(Trained, "on", watched)
+    candidates = make_candidates(recording)
+    trained = train_two(candidates)
+    for part in (TUNE, CERTIFY):
+        ours, whole = candidates.records(trained, part), expected.records(expected.trained, part)
+        assert np.array_equal(ours.answer_NK, whole.answer_NK)
+        assert np.array_equal(ours.backbone_answer_N, whole.backbone_answer_N)
+        assert ours.confidence_NK == pytest.approx(whole.confidence_NK, abs=1e-6)
+    assert sum(rows) > len(recording)
+    assert max(rows) <= 7
+
+
+def test_what_caches_say_is_on_disk_and_a_full_one_says_so(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: object, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    candidates = make_candidates(recording, workdir=tmp_path)
+    monkeypatch.setattr(distillation, "write_all", full)
+    with pytest.raises(StorageError, match=f"could not write what a cache says to {tmp_path}: No space left"):
+        train_two(candidates)
+
+
+def test_searches_look_at_a_limited_number_of_tune_rows_and_the_certificate_at_all(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_TUNE", 20)
+    candidates = make_candidates(recording)
+    trained = train_two(candidates)
+    tune, certify = recording.index(TUNE), recording.index(CERTIFY)
+    looked_at = candidates.tune_rows
+    assert len(looked_at) == 20
+    assert set(looked_at) <= set(tune)
+    assert (looked_at[0], looked_at[-1]) == (tune[0], tune[-1])
+    assert max(np.diff(looked_at)) <= 2 * max(np.diff(tune)) * len(tune) / 20
+    assert len(candidates.records(trained, TUNE)) == 20
+    assert len(candidates.records(trained, CERTIFY)) == len(certify)
+
+
 def test_a_cache_that_learned_by_other_means_is_judged_as_the_others_are(recording: Recording) -> None:
     candidates = make_candidates(recording)
     cache = candidates.build(POINTS[2], CacheShape("linear"))
@@ -621,7 +672,7 @@ def told_by_the_other(flipped: int | None = None) -> tuple[Candidates, Trained, 
     candidates = make_candidates(recording)
     read = say(candidates, 0, read_NC)
     own = say(candidates, 2, own_NC, reads=read)
-    candidates._choose_confidence(own, read)
+    candidates._choose_confidence(own)
     return candidates, read, own
 
 

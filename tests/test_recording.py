@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import os
 import tempfile
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -197,6 +200,57 @@ def test_inputs_the_backbone_fails_on_keep_what_was_recorded(backbone: nn.Module
         run(counting(Normed().eval()), [X, torch.zeros_like(X)])
 
 
+def held_bytes(backbone: nn.Module, rows: int) -> int:
+    """The most memory of Python and numpy while this many rows are recorded, as many again to certify on."""
+    counted, generator = counting(backbone), torch.Generator().manual_seed(0)
+
+    def stream() -> Iterator[Tensor]:
+        for _ in range(rows // 100):
+            yield torch.randn(100, 6, generator=generator)
+
+    tracemalloc.start()
+    try:
+        run(counted, stream(), stream())
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_grows_by_the_digests_alone(backbone: nn.Module) -> None:
+    held_bytes(backbone, 200)  # what is imported and cached on the first use
+    small, large = held_bytes(backbone, 1000), held_bytes(backbone, 4000)
+    assert (large - small) / (2 * 3000) < 45, "bytes per recorded row; a set of digests takes more"
+
+
+def test_digests_are_counted_as_a_counter_does() -> None:
+    random = np.random.default_rng(0)
+    keys = [random.integers(2, size=16).astype(np.uint8).tobytes()[:n] + bytes(16 - n) for n in (1, 2, 3, 16) * 20]
+    digests, slow = module._Digests(np.frombuffer(b"".join(keys), module.KEY)), Counter(keys)
+    asked = [*keys, *keys, bytes(16), b"\xff" * 16, *(key[:-1] + b"\x02" for key in keys)]
+    assert [key in digests for key in asked] == [key in slow for key in asked]
+    for key in asked:
+        assert digests.take(key) is (slow[key] > 0)
+        slow[key] -= slow[key] > 0
+    assert bytes(16) not in module._Digests()
+
+
+def test_a_fingerprint_is_that_of_the_sorted_digests(backbone: nn.Module) -> None:
+    recorded = run(counting(backbone), [X])
+    for part in (TRAIN, TUNE, CERTIFY):
+        keys = sorted(bytes(key) for key in recorded.keys_N[recorded.part_N == part])
+        assert recorded.fingerprint(part) == hashlib.sha256(b"".join(keys)).hexdigest()
+
+
+def test_a_part_is_cut_by_the_shares() -> None:
+    keys = [hashlib.blake2b(bytes([i]), digest_size=16).digest() for i in range(200)]
+    for shares in (module.SHARES_ONE_STREAM, module.SHARES_CERTIFY_STREAM, (1.0, 0.0, 0.0)):
+        for key in keys:
+            entropy = [7, int.from_bytes(key[:8], "little")]
+            share = np.random.SeedSequence(entropy).generate_state(1)[0] / 2**32
+            slow = sum(bool(share >= edge) for edge in np.cumsum(shares)[:-1])
+            assert module._part(key, 7, shares) == slow
+
+
 def test_an_empty_stream(backbone: nn.Module) -> None:
     with pytest.raises(StreamError, match="the stream is empty"):
         run(counting(backbone), [])
@@ -209,7 +263,7 @@ def test_a_full_disk_keeps_what_was_recorded(
     monkeypatch: pytest.MonkeyPatch,
     use_workdir: bool,
 ) -> None:
-    written = module._write_all
+    written = module.write_all
     calls = 0
 
     def fills_up(file: object, data: bytes) -> None:
@@ -222,7 +276,7 @@ def test_a_full_disk_keeps_what_was_recorded(
 
     workdir = tmp_path if use_workdir else None
     whole = run(counting(backbone), [X])
-    monkeypatch.setattr(module, "_write_all", fills_up)
+    monkeypatch.setattr(module, "write_all", fills_up)
     with pytest.raises(StorageError, match="No space left on device.*Free some space") as caught:
         run(counting(backbone), [X], workdir=workdir)
     recorded = caught.value.recorded

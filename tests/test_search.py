@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -289,6 +289,24 @@ def token_search() -> Search:
     ids = np.random.default_rng(0).integers(0, 50, (100, 12)).astype(np.int32)
     recording = make_recording([ids, image_recording(100).features[2]], image_recording(100).logits_NC)
     return Search(make_candidates(recording, points), tolerance=0.05)
+
+
+def test_token_ids_are_looked_through_once_for_the_vocabulary() -> None:
+    search, looks = token_search(), 0
+    ids = search.candidates.recording.features[0]
+
+    class Watched:
+        shape, dtype = ids.shape, ids.dtype
+
+        def __getitem__(self, rows: Any) -> Any:
+            nonlocal looks
+            looks += isinstance(rows, np.ndarray)
+            return ids[rows]
+
+    search.candidates.recording.features[0] = cast(Any, Watched())
+    first, second = search._students()
+    assert (first.vocabulary, second.vocabulary) == (int(ids[search.candidates.train_rows].max()) + 1,) * 2
+    assert looks == 1
 
 
 def test_token_ids_get_transformer_students() -> None:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,11 +36,16 @@ from offramp.tasks import Classification
 from offramp.types import CostTable, Records
 
 MIN_WIDTH, MAX_WIDTH = 8, 192
+MAX_TUNE = 50_000  # tune rows that are looked at: the time of every search grows with them, its result hardly changes
+CHUNK_ROWS = 4096  # recorded rows whose logits are in memory at a time
+
+OfLogits = Callable[[Tensor, Tensor | None], Tensor]  # (B, C) own logits, those read -> (B, ...)
 
 
 @dataclass
 class Trained:
-    """A trained candidate. `logits_NC` are its logits on the recorded rows number `rows`, in rising order."""
+    """A trained candidate. `logits_NC` are its logits on the recorded rows number `rows`, in rising order, and
+    `confidence_N` is its confidence on the tune rows."""
 
     cache: Cache
     position: int
@@ -73,14 +78,16 @@ class Candidates:
     ) -> None:
         self.split, self.task, self.recording, self.costs = split, task, recording, costs
         self.seed, self.deadline, self.stop, self.show = seed, deadline, stop, show
-        self.store = None if workdir is None else workdir / "caches"
+        self.workdir, self.store = workdir, None if workdir is None else workdir / "caches"
         self.train_rows = recording.index(TRAIN)
-        self.judged_rows = np.sort(np.concatenate([recording.index(TUNE), recording.index(CERTIFY)]))
+        self.tune_rows, self.certify_rows = _thinned(recording.index(TUNE), MAX_TUNE), recording.index(CERTIFY)
+        self.judged_rows = np.sort(np.concatenate([self.tune_rows, self.certify_rows]))
         self.classes = recording.logits_NC.shape[1]
         self.flops = costs.backbone.flops
         self.trained: list[Trained] = []
         self.confidence: str | None = None  # decides for every cache that has it; else what ranks best on tune
         self._estimates_s: dict[tuple[str, Recipe], float] = {}  # seconds of a training, by the cache's name
+        self._vocabularies: dict[int, int] = {}  # by position: each takes a look at all train rows
 
     @property
     def time_left(self) -> float | None:
@@ -93,6 +100,12 @@ class Candidates:
 
     def named(self, name: str) -> Trained:
         return next(trained for trained in self.trained if trained.cache.name == name)
+
+    @cached_property
+    def answer_N(self) -> Tensor:
+        """(recorded rows,) the backbone's answers."""
+        every_row, logits_NC = np.arange(len(self.recording)), self.recording.logits_NC
+        return torch.cat([self.task.answer(torch.from_numpy(logits_NC[rows])) for rows in _chunks(every_row)])
 
     # -- building ----------------------------------------------------------------------------------
 
@@ -154,7 +167,10 @@ class Candidates:
     def _vocabulary(self, point: SplitPoint) -> int:
         if point.dtype.is_floating_point:
             return 0
-        return int(self.recording.features[point.position][self.train_rows].max()) + 1
+        if point.position not in self._vocabularies:
+            ids = self.recording.features[point.position]
+            self._vocabularies[point.position] = 1 + max(int(ids[rows].max()) for rows in _chunks(self.train_rows))
+        return self._vocabularies[point.position]
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -230,26 +246,27 @@ class Candidates:
         """Run the cache on the rows that matter and pick its confidence."""
         rows = np.arange(len(self.recording)) if position == 0 else self.judged_rows
         read = None if cache.reads is None else self.named(cache.reads)
-        read_NC = None if read is None else read.on(rows)
-        logits = cache_logits(cache, self.recording, position, rows, read_NC, self.split.device)
+        read_NC = None if read is None else read.logits_NC
+        logits = cache_logits(cache, self.recording, position, rows, read_NC, self.split.device, self.workdir)
         trained = Trained(cache, position, rows, logits, log)
-        self._choose_confidence(trained, read)
+        self._choose_confidence(trained)
         return trained
 
-    def _choose_confidence(self, trained: Trained, read: Trained | None) -> None:
-        tune = self.recording.index(TUNE)
-        logits = trained.on(tune)
-        read_BC = None if read is None else read.on(tune)
-        agreement = self._agreement(trained, tune)
-        scores = {name: function(logits).double().numpy() for name, function in trained.cache.confidences().items()}
+    def _choose_confidence(self, trained: Trained) -> None:
+        agreement = self._agreement(self._answers(trained, self.tune_rows), self.tune_rows)
+        scores = {
+            name: self._of_logits(trained, self.tune_rows, _of_own(function)).double().numpy()
+            for name, function in trained.cache.confidences().items()
+        }
         if trained.cache.suits_selector:
-            scores["selector"] = _cross_fitted(statistics(logits, read_BC), torch.from_numpy(agreement), self.seed)
+            x_NF = self._of_logits(trained, self.tune_rows, statistics)
+            scores["selector"] = _cross_fitted(x_NF, torch.from_numpy(agreement), self.seed)
         trained.auroc = {name: auroc(score, agreement) for name, score in scores.items()}
         ranked = max(trained.auroc, key=lambda name: (np.nan_to_num(trained.auroc[name], nan=0.0), name != "selector"))
         best = self.confidence if self.confidence in scores else ranked
         selector = None
         if best == "selector":
-            selector = Selector.fitted(statistics(logits, read_BC), torch.from_numpy(agreement))
+            selector = Selector.fitted(x_NF, torch.from_numpy(agreement))
         trained.cache.use_confidence(best, selector)
         trained.confidence_N = scores[best]
 
@@ -258,37 +275,41 @@ class Candidates:
     def records(self, candidates: Sequence[Trained], part: int) -> Records:
         """What these candidates said about the tune or certify rows. On tune a learned selector is cross-fitted: each
         row is scored by a selector that has not seen it, as any later row will be."""
-        rows = self.recording.index(part)
+        rows = self.tune_rows if part == TUNE else self.certify_rows
         names = [trained.cache.name for trained in candidates]
         confidence, answers, agreement = [], [], []
         for trained in candidates:
-            read = None if trained.cache.reads is None else self.named(trained.cache.reads)
-            logits = trained.on(rows)
             if part == TUNE:
                 confidence.append(trained.confidence_N)
             else:
                 trained.cache.cpu()
-                score = trained.cache.confidence(logits, None if read is None else read.on(rows))
-                confidence.append(score.double().numpy())
+                confidence.append(self._of_logits(trained, rows, trained.cache.confidence).double().numpy())
                 trained.cache.to(self.split.device)
-            answers.append(self.task.answer(logits).numpy())
-            agreement.append(self._agreement(trained, rows))
+            answer_N = self._answers(trained, rows)
+            answers.append(answer_N.numpy())
+            agreement.append(self._agreement(answer_N, rows))
         labels = self.recording.label_N
         return Records(
             np.stack(confidence, axis=1),
             np.stack(answers, axis=1),
             np.stack(agreement, axis=1),
-            self.recording.logits_NC[rows].argmax(1),
+            self.answer_N[rows].numpy(),
             tuple(-1 if t.cache.reads is None else names.index(t.cache.reads) for t in candidates),
             None if labels is None else labels[rows],
         )
 
-    def _agreement(self, trained: Trained, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-        backbone = torch.from_numpy(self.recording.logits_NC[rows])
-        agree: NDArray[np.bool_] = self.task.agree(
-            self.task.answer(trained.on(rows)), self.task.answer(backbone)
-        ).numpy()
+    def _answers(self, trained: Trained, rows: NDArray[np.intp]) -> Tensor:
+        return self._of_logits(trained, rows, _of_own(self.task.answer))
+
+    def _agreement(self, answer_N: Tensor, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+        agree: NDArray[np.bool_] = self.task.agree(answer_N, self.answer_N[rows]).numpy()
         return agree
+
+    def _of_logits(self, trained: Trained, rows: NDArray[np.intp], function: OfLogits) -> Tensor:
+        """What the function makes of this candidate's logits on these rows and, where it reads any, those it reads."""
+        read = None if trained.cache.reads is None else self.named(trained.cache.reads)
+        parts = [function(trained.on(part), None if read is None else read.on(part)) for part in _chunks(rows)]
+        return torch.cat(parts)
 
     def estimated_costs(self, candidates: Sequence[Trained]) -> CacheCosts:
         """In FLOPs: the caches' time is measured only once they are all there."""
@@ -356,6 +377,19 @@ class Candidates:
         ready.to(self.split.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ready.requires_grad_(requires_grad=False)
         return self._judge(ready, self.position(ready), log)
+
+
+def _of_own(function: Callable[[Tensor], Tensor]) -> OfLogits:
+    return lambda own_BC, _: function(own_BC)
+
+
+def _chunks(rows: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+    return (rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS))
+
+
+def _thinned(rows: NDArray[np.intp], most: int) -> NDArray[np.intp]:
+    """At most so many of these rows, from the first to the last: traffic may change along a stream."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(np.intp)]
 
 
 def _cross_fitted(x_NF: Tensor, agreement_N: Tensor, seed: int, folds: int = 5) -> NDArray[np.float64]:

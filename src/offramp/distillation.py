@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
@@ -32,7 +33,7 @@ from offramp.augment import AUGMENTATIONS
 from offramp.caches import Cache, LearnedCache
 from offramp.errors import InputError
 from offramp.progress import Bar
-from offramp.recording import Recording
+from offramp.recording import Recording, unnamed_file, write_all
 
 PREPARE_ROWS = 500  # rows that fixed first layers are computed from
 CONDENSED_LIMIT = 2**29  # bytes of condensed rows that a training keeps in memory
@@ -248,15 +249,22 @@ def cache_logits(
     rows: NDArray[np.intp],
     read_NC: Tensor | None,
     device: torch.device,
+    folder: Path | None = None,
 ) -> Tensor:
-    """(len(rows), C) logits of a trained cache on recorded rows, on the CPU; read_NC: what it reads, on these rows."""
-    out = []
-    with torch.no_grad():
+    """(len(rows), C) logits of a trained cache on recorded rows, on the CPU; read_NC: those of the cache it reads, for
+    every recorded row.
+
+    They are mapped from a file without a name in `folder` (None: where the system has such files), because with many
+    classes they need not fit into memory. StorageError where the disk is full.
+    """
+    with torch.no_grad(), unnamed_file("what a cache says", folder) as file:
         for start in range(0, len(rows), 256):
-            chunk = slice(start, start + 256)
-            feature = _as_input(recording.features[position][rows[chunk]]).to(device)
-            out.append(cache.from_feature(feature, None if read_NC is None else read_NC[chunk].to(device)).cpu())
-    return torch.cat(out)
+            chunk = rows[start : start + 256]
+            feature = _as_input(recording.features[position][chunk]).to(device)
+            logits_BC = cache.from_feature(feature, None if read_NC is None else read_NC[chunk].to(device))
+            write_all(file, logits_BC.float().cpu().numpy().tobytes())
+        shape = (len(rows), logits_BC.shape[1])
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))  # torch takes no read-only maps
 
 
 class _Inputs:

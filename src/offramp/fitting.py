@@ -62,9 +62,10 @@ def fit(
     task: what an answer is; "classification" so far. device: where the backbone is, as a check; it is not moved.
     progress: bars on stderr.
 
-    time_budget_s shortens recording and training; without it a run is reproducible from `seed`. workdir keeps what was
-    recorded and trained until the fit is complete: call again to resume. The first Ctrl-C while caches are trained ends
-    the training and goes on with what was learned.
+    time_budget_s shortens recording and training; without it a run is reproducible from `seed`. What is recorded goes
+    to files without a name in the system's temporary folder, or to `workdir`, which keeps it and what was trained until
+    the fit is complete: call again to resume. The first Ctrl-C while caches are trained ends the training and goes on
+    with what was learned.
 
     Raises InputError, SplitError, StreamError or StorageError; the last two, and the KeyboardInterrupt of a Ctrl-C that
     stops the fit, have as `recorded` what was recorded until then. The backbone is left as it was.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -19,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ TRAIN, TUNE, CERTIFY = 0, 1, 2
 SHARES_ONE_STREAM = (0.60, 0.15, 0.25)
 SHARES_CERTIFY_STREAM = (0.0, 0.35, 0.65)
 
+KEY = np.dtype("V16")  # a digest: see `Batch.row_keys`
 MAX_BATCH = 128
 ASKED_ROWS = 8_000  # augmented copies are recorded until train holds about this many rows
 MAX_COPIES = 8
@@ -123,14 +125,13 @@ class Recording:
         # By the half of the digest that did not decide on train or held out: with the first half, rows that are held
         # out under a seed would all fall to one part under the same seed.
         part_N[held_out] = [_part(bytes(key)[8:], seed, shares) for key in self.keys_N[held_out]]
-        tune = {bytes(key) for key in self.keys_N[part_N == TUNE]}
+        tune = _Digests(self.keys_N[part_N == TUNE])
         still_tune = [row for row, key in enumerate(self.sample.row_keys()) if key in tune]
         return dataclasses.replace(self, part_N=part_N, sample=self.sample.rows(torch.tensor(still_tune or [0])))
 
     def fingerprint(self, part: int) -> str:
         """Digest of the set of inputs of a part: the data a certificate rests on."""
-        rows = sorted(bytes(key) for key in self.keys_N[self.index(part)])
-        return hashlib.sha256(b"".join(rows)).hexdigest()
+        return hashlib.sha256(np.sort(_comparable(self.keys_N[self.index(part)])).data).hexdigest()
 
 
 def record(
@@ -169,6 +170,7 @@ def record(
                 shares = SHARES_ONE_STREAM if certify is None else (1.0, 0.0, 0.0)
                 recorder.read("stream", stream, shares, time_limit_s, show=show)
             if certify is not None:
+                recorder.keep_apart()
                 recorder.read("certify", certify, SHARES_CERTIFY_STREAM, None, show=show)
             recorder.ask_again(deadline, show=show)
         recording = recorder.finish()
@@ -195,8 +197,8 @@ class _Recorder:
         self.files: dict[str, IO[bytes]] = {}
         self.columns: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         self.state = _Journal()
-        self.train_keys: set[bytes] = set()
-        self.adopted: Counter[bytes] = Counter()  # held-out rows of a recording that was taken over
+        self.trained = _Digests()  # what a certification stream must not repeat
+        self.adopted = _Digests()  # held-out rows of a recording that was taken over
         self.sample: list[Batch] = []
 
     @property
@@ -231,7 +233,7 @@ class _Recorder:
         reading = _Reading(name, self._old_keys(name), tuple(shares))
         through = name in self.state.through
         description = "recording" if name == "stream" else f"recording ({name})"
-        limit_from = None if reading.old_keys else time.monotonic()
+        limit_from = None if len(reading.old_keys) else time.monotonic()
         with bar(description, _length(stream), show=show) as progress:
             for batch in read_stream(stream, self.split.backbone):
                 for start in range(0, len(batch), MAX_BATCH):
@@ -258,9 +260,8 @@ class _Recorder:
         if not keys or through:
             return
         parts = [_part(key, self.seed, reading.shares) for key in keys]
-        # A separate certification stream must not repeat what trained the caches.
-        fresh = [part == TRAIN or key not in self.train_keys for key, part in zip(keys, parts, strict=True)]
-        kept = [i for i, keep in enumerate(fresh) if keep and not self._was_adopted(keys[i])]
+        fresh = [part == TRAIN or key not in self.trained for key, part in zip(keys, parts, strict=True)]
+        kept = [i for i, keep in enumerate(fresh) if keep and not self.adopted.take(keys[i])]
         state = dataclasses.replace(
             self.state,
             consumed=self.state.consumed | {reading.name: reading.position + len(keys)},
@@ -270,10 +271,9 @@ class _Recorder:
             rows, kept_keys = batch.rows(torch.tensor(kept)), [keys[i] for i in kept]
             state = self._write(state, rows, kept_keys, [parts[i] for i in kept], copy=False)
         if self.folder is not None:
-            self._append({_consumed_file(reading.name): np.frombuffer(b"".join(keys), np.dtype("V16"))})
+            self._append({_consumed_file(reading.name): np.frombuffer(b"".join(keys), KEY)})
         self._commit(state)
         reading.position += len(keys)
-        self.train_keys.update(key for key, part in zip(keys, parts, strict=True) if part == TRAIN)
 
     def _sample(self, batch: Batch, keys: list[bytes], shares: Sequence[float]) -> None:
         missing = SAMPLE_ROWS - sum(map(len, self.sample))
@@ -293,7 +293,7 @@ class _Recorder:
         columns["logits"] = logits_BC.cpu().numpy()
         columns["part"] = np.array(parts, np.uint8)
         columns["copy"] = np.full(len(keys), copy, np.uint8)
-        columns["key"] = np.frombuffer(b"".join(keys), np.dtype("V16"))
+        columns["key"] = np.frombuffer(b"".join(keys), KEY)
         columns["label"] = np.full(len(keys), -1, np.int64) if labels is None else labels.cpu().numpy().astype(np.int64)
         self._append(columns)
         labelled = state.labelled and (labels is not None or copy)
@@ -329,19 +329,16 @@ class _Recorder:
             label_N = recorded.label_N
             columns["label"] = np.full(len(part_B), -1, np.int64) if label_N is None else label_N[chunk]
             self._append(columns)
-            keys = [bytes(key) for key in columns["key"]]
-            held_out = columns["part"] != TRAIN
-            self.train_keys.update(key for key, held in zip(keys, held_out, strict=True) if not held)
-            self.adopted.update(key for key, held in zip(keys, held_out, strict=True) if held)
-            self._commit(dataclasses.replace(self.state, rows=self.rows + len(keys)))
+            self._commit(dataclasses.replace(self.state, rows=self.rows + len(part_B)))
+        if recorded.separate:
+            self.adopted = _Digests(recorded.keys_N[recorded.part_N != TRAIN])
         asked = int(recorded.copy_N.sum())
         self._commit(dataclasses.replace(self.state, asked=asked, labelled=recorded.label_N is not None))
 
-    def _was_adopted(self, key: bytes) -> bool:
-        if self.adopted[key] <= 0:
-            return False
-        self.adopted[key] -= 1
-        return True
+    def keep_apart(self) -> None:
+        """Between the streams: a separate certification stream must not repeat what trained the caches."""
+        if self.rows:
+            self.trained = _Digests(self._map("key")[self._map("part") == TRAIN])
 
     # -- asking the backbone again -----------------------------------------------------------------
 
@@ -358,9 +355,11 @@ class _Recorder:
         if self.state.free is None:
             free = self._free_augmentations(snapshot, train[:INVARIANCE_ROWS])
             self._commit(dataclasses.replace(self.state, free=free))
-        held_out = {bytes(key) for key in snapshot.keys_N[snapshot.part_N != TRAIN]}
         copies = min(MAX_COPIES, ASKED_ROWS // len(train))
-        with bar("asking about variations", copies * len(train), show=show and copies > 0) as progress:
+        if not copies:
+            return
+        held_out = _Digests(snapshot.keys_N[snapshot.part_N != TRAIN])
+        with bar("asking about variations", copies * len(train), show=show) as progress:
             for number in range(copies):
                 for start in range(0, len(train), MAX_BATCH):
                     rows = train[start : start + MAX_BATCH]
@@ -370,7 +369,7 @@ class _Recorder:
                         self._ask(snapshot.features[0], rows, held_out, (number, start))
                     progress.advance(len(rows))
 
-    def _ask(self, inputs: NDArray[Any], rows: NDArray[np.intp], held_out: set[bytes], chunk: tuple[int, int]) -> None:
+    def _ask(self, inputs: NDArray[Any], rows: NDArray[np.intp], held_out: _Digests, chunk: tuple[int, int]) -> None:
         """Record one copy of each of these rows, except where it happens to equal a held-out row."""
         entropy = np.random.SeedSequence([self.seed, *chunk]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(entropy))
@@ -406,23 +405,12 @@ class _Recorder:
 
     # -- files -------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _storing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            where = self.folder or tempfile.gettempdir()
-            raise StorageError(
-                f"could not write the recording to {where}: {error.strerror or error}. Free some space, or choose "
-                "another place with `workdir=` (or TMPDIR)."
-            ) from error
-
     def _append(self, columns: dict[str, NDArray[Any]]) -> None:
-        with self._storing():
+        with storing("the recording", self.folder):
             for name, values in columns.items():
                 if not name.startswith("consumed"):
                     self.columns.setdefault(name, (values.shape[1:], values.dtype))
-                _write_all(self._file(name), values.tobytes())
+                write_all(self._file(name), values.tobytes())
 
     def _file(self, name: str) -> IO[bytes]:
         """Unbuffered: what a full disk refuses must not wait in a buffer for the file to be closed."""
@@ -445,7 +433,7 @@ class _Recorder:
             part_N=np.array(maps.get("part", empty), np.uint8),
             copy_N=np.array(maps.get("copy", empty), np.uint8),
             label_N=np.array(maps["label"]) if self.state.labelled and self.rows else None,
-            keys_N=np.array(maps.get("key", np.zeros(0, "V16"))),
+            keys_N=np.array(maps.get("key", np.zeros(0, KEY))),
             dropped_duplicates=self.state.dropped,
             sample=concatenated(self.sample) if self.sample else self.split.example,
             free_augmentations=self.state.free or (),
@@ -470,7 +458,7 @@ class _Recorder:
         """Go on with the recording in the folder where it fits this call, else begin a new one there."""
         if self.folder is None:
             return
-        with self._storing():
+        with storing("the recording", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             document = _read_json(self.folder / "journal.json")
             if document.get("of") == self._identity() and self._complete(document):
@@ -509,21 +497,18 @@ class _Recorder:
             self._file(name).truncate(self.rows * _row_bytes(shape, dtype))
         for name, count in self.state.consumed.items():
             self._file(_consumed_file(name)).truncate(16 * count)
-        rows = zip(self._map("part"), self._map("copy"), self._map("key"), strict=True) if self.rows else ()
-        self.train_keys = {bytes(key) for part, copy, key in rows if part == TRAIN and not copy}
 
-    def _old_keys(self, name: str) -> list[bytes]:
+    def _old_keys(self, name: str) -> NDArray[np.void]:
         """Digests of the rows of this stream that an earlier run consumed, in order."""
         count = self.state.consumed.get(name, 0)
         if not count or self.folder is None:
-            return []
-        keys = (self.folder / f"{_consumed_file(name)}.bin").read_bytes()
-        return [keys[16 * i : 16 * (i + 1)] for i in range(count)]
+            return np.zeros(0, KEY)
+        return np.fromfile(self.folder / f"{_consumed_file(name)}.bin", KEY, count)
 
     def _already_recorded(self, keys: list[bytes], reading: _Reading) -> int:
         """How many of these rows an earlier run recorded: the stream is read again from its start."""
         old = reading.old_keys[reading.position : reading.position + len(keys)]
-        if old != keys[: len(old)]:
+        if old.tobytes() != b"".join(keys[: len(old)]):
             self._refuse(
                 f"the stream differs from the one recorded in {self.folder} (from input {reading.position} onwards)"
             )
@@ -542,7 +527,7 @@ class _Recorder:
             columns = {name: (shape, dtype.str) for name, (shape, dtype) in self.columns.items()}
             document = {"of": self._identity(), "columns": columns, **dataclasses.asdict(state)}
             temporary = self.folder / "journal.json.tmp"
-            with self._storing():
+            with storing("the recording", self.folder):
                 temporary.write_text(json.dumps(document))
                 os.replace(temporary, self.folder / "journal.json")
         self.state = state
@@ -574,9 +559,38 @@ class _Reading:
     """One stream while it is read: the next input's number, and the digests of those recorded by an earlier run."""
 
     name: str
-    old_keys: list[bytes]
+    old_keys: NDArray[np.void]
     shares: tuple[float, ...]
     position: int = 0
+
+
+class _Digests:
+    """Digests with their numbers of occurrences. Sorted arrays: a set or a dict takes several times the memory."""
+
+    def __init__(self, keys_N: NDArray[np.void] | None = None) -> None:
+        keys_N = np.zeros(0, KEY) if keys_N is None else keys_N
+        self._keys, self._left = np.unique(_comparable(keys_N), return_counts=True)
+
+    def __contains__(self, key: bytes) -> bool:
+        return self._position(key) is not None
+
+    def take(self, key: bytes) -> bool:
+        """Whether there is (still) such a digest; if so, there is one less from now on."""
+        at = self._position(key)
+        if at is None or self._left[at] == 0:
+            return False
+        self._left[at] -= 1
+        return True
+
+    def _position(self, key: bytes) -> int | None:
+        at = int(np.searchsorted(self._keys, np.bytes_(key)))
+        # numpy leaves out zero bytes at the end of a string.
+        return at if at < len(self._keys) and self._keys[at].ljust(KEY.itemsize, b"\0") == key else None
+
+
+def _comparable(keys_N: NDArray[np.void]) -> NDArray[np.bytes_]:
+    """As strings of bytes, which numpy can sort."""
+    return np.ascontiguousarray(keys_N).view(f"S{KEY.itemsize}")
 
 
 def _check_recorded(split: SplitModel, recorded: Recording) -> None:
@@ -590,7 +604,7 @@ def _check_recorded(split: SplitModel, recorded: Recording) -> None:
 def _part(key: bytes, seed: int, shares: Sequence[float]) -> int:
     """The part of a row, decided by its digest and the seed alone."""
     mixed = np.random.SeedSequence([seed, int.from_bytes(key[:8], "little")]).generate_state(1)[0]
-    return int(np.searchsorted(np.cumsum(shares)[:-1], float(mixed) / 2**32, side="right"))
+    return bisect_right(list(itertools.accumulate(shares))[:-1], float(mixed) / 2**32)
 
 
 def _storable(feature: Tensor) -> NDArray[Any]:
@@ -598,7 +612,30 @@ def _storable(feature: Tensor) -> NDArray[Any]:
     return stored
 
 
-def _write_all(file: IO[bytes], data: bytes) -> None:
+@contextmanager
+def storing(what: str, folder: Path | None) -> Iterator[None]:
+    """Within: an OSError is a StorageError. folder: where it is written; None is the system's place for such files."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"could not write {what} to {folder or tempfile.gettempdir()}: {error.strerror or error}. Free some space, "
+            "or choose another place with `workdir=` (or TMPDIR)."
+        ) from error
+
+
+@contextmanager
+def unnamed_file(what: str, folder: Path | None) -> Iterator[IO[bytes]]:
+    """An unbuffered file that the system frees once nobody has it open or mapped, however the process ends."""
+    with storing(what, folder):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
+            yield file
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """All of it, also where an unbuffered file takes a part at a time."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]

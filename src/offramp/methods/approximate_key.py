@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from offramp.caches.result import KeyCache
@@ -73,7 +72,7 @@ class ApproximateKey(Method):
         others = list(candidates.trained)
         rows = candidates.train_rows
         rows = rows[candidates.recording.copy_N[rows] == 0]  # agreement is counted as in traffic, not among copies
-        answer_N = candidates.task.answer(torch.from_numpy(candidates.recording.logits_NC[rows])).numpy()
+        answer_N = candidates.answer_N[rows].numpy()
         for cache in self._caches(candidates.split.points[0], candidates.classes):
             if candidates.stop.requested:
                 break

@@ -94,9 +94,8 @@ class Freeze(Method):
             candidates.classes,
             reduction=recording.reductions[point.position],
         ).to(candidates.split.device)
-        answer_N = candidates.task.answer(torch.from_numpy(recording.logits_NC[rows]))
         generator = torch.Generator().manual_seed(candidates.seed)
-        cache.fit(recording.features[point.position], rows, answer_N, generator)
+        cache.fit(recording.features[point.position], rows, candidates.answer_N[rows], generator)
         candidates.add(cache, TrainingLog(steps=0, seconds=time.monotonic() - started, final_loss=math.nan))
 
     def _threshold_classes(self, candidates: Candidates, trained: Trained, tolerance: float) -> None:
@@ -107,7 +106,7 @@ class Freeze(Method):
         threshold_C = class_thresholds(records, candidates.classes, tolerance)
         cache.use_class_thresholds(self.confidence, torch.from_numpy(threshold_C))
         cache.cpu()
-        trained.confidence_N = cache.confidence(trained.on(candidates.recording.index(TUNE))).double().numpy()
+        trained.confidence_N = cache.confidence(trained.on(candidates.tune_rows)).double().numpy()
         cache.to(candidates.split.device)
         trained.auroc[cache.confidence_name] = auroc(trained.confidence_N, records.agreement_NK[:, 0])
 

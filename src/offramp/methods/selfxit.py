@@ -139,11 +139,10 @@ def _score(candidates: Candidates, trained: Trained) -> float:
 
 def _calibrate(candidates: Candidates) -> None:
     """Fold into each exit's head the temperature that fits its probabilities to how often it agrees on tune."""
-    tune = candidates.recording.index(TUNE)
-    answer_N = candidates.task.answer(torch.from_numpy(candidates.recording.logits_NC[tune]))
+    answer_N = candidates.answer_N[candidates.tune_rows]
     uncalibrated, candidates.trained = candidates.trained, []
     for one in uncalibrated:
-        temperature = fitted_temperature(one.on(tune), answer_N)
+        temperature = fitted_temperature(one.on(candidates.tune_rows), answer_N)
         head = _learned(one).head
         with torch.no_grad():
             head.weight.div_(temperature)
