@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from offramp.augment import AUGMENTATIONS
 from offramp.caches import Cache, LearnedCache
 from offramp.errors import InputError
+from offramp.precision import has_fast_bfloat16
 from offramp.progress import Bar
 from offramp.recording import Recording
 
@@ -227,18 +228,6 @@ def labelled(recording: Recording, rows: NDArray[np.intp]) -> NDArray[np.intp]:
             "the order of the backbone's classes"
         )
     return rows
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices in hardware; elsewhere it is slower than float32.
-
-    Only training uses it. What a cache says is recorded, certified and served in float32.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # the oldest torch that we support
-        return False
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def cache_logits(
