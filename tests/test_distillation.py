@@ -250,6 +250,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **capabilities: Any) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
 
 
+def test_a_recipe_may_do_without_bfloat16(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, amx_bf16=True)
+    quick, full = make(), make()
+    learn(quick, recording)
+    run(training(full, recording, Recipe(rows=6000, batch_size=50, learning_rate=1e-2, bfloat16=False)))
+    assert not torch.equal(quick.head.weight, full.head.weight)
+    pretend(monkeypatch, amx_bf16=False)
+    slow = make()
+    learn(slow, recording)
+    assert torch.equal(full.head.weight, slow.head.weight)
+
+
 def test_training_in_bfloat16_leaves_float32_weights_that_agree(
     recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:

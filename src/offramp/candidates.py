@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from offramp.tasks import Classification
 from offramp.types import CostTable, Records
 
 MIN_WIDTH, MAX_WIDTH = 8, 192
+CLEARLY = 0.01  # of AUROC: by less than this the best of several scores on tune is best by chance
 
 
 @dataclass
@@ -245,8 +246,7 @@ class Candidates:
         if trained.cache.suits_selector:
             scores["selector"] = _cross_fitted(statistics(logits, read_BC), torch.from_numpy(agreement), self.seed)
         trained.auroc = {name: auroc(score, agreement) for name, score in scores.items()}
-        ranked = max(trained.auroc, key=lambda name: (np.nan_to_num(trained.auroc[name], nan=0.0), name != "selector"))
-        best = self.confidence if self.confidence in scores else ranked
+        best = self.confidence if self.confidence in scores else _clearly_best(trained.auroc)
         selector = None
         if best == "selector":
             selector = Selector.fitted(statistics(logits, read_BC), torch.from_numpy(agreement))
@@ -356,6 +356,13 @@ class Candidates:
         ready.to(self.split.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ready.requires_grad_(requires_grad=False)
         return self._judge(ready, self.position(ready), log)
+
+
+def _clearly_best(auroc: Mapping[str, float]) -> str:
+    """The first of these scores, unless another one ranks clearly better."""
+    ranking = {name: np.nan_to_num(value, nan=0.0) for name, value in auroc.items()}
+    first, best = next(iter(ranking)), max(ranking, key=lambda name: ranking[name])
+    return best if ranking[best] > ranking[first] + CLEARLY else first
 
 
 def _cross_fitted(x_NF: Tensor, agreement_N: Tensor, seed: int, folds: int = 5) -> NDArray[np.float64]:
