@@ -434,6 +434,21 @@ def test_the_first_confidence_decides_unless_another_is_clearly_better(others: d
     assert module._clearly_best(unknown) == (max(others, key=lambda name: others[name]) if others else "max_softmax")
 
 
+def test_the_confidence_may_be_chosen_again(recording: Recording) -> None:
+    candidates, fixed = make_candidates(recording), make_candidates(recording)
+    first = [(trained.cache.confidence_name, trained.confidence_N) for trained in train_two(candidates)]
+    fixed.confidence = "entropy"
+    train_two(fixed)
+    candidates.decide_by("entropy")
+    for part in (TUNE, CERTIFY):
+        told, expected = (one.records(one.ordered(), part) for one in (candidates, fixed))
+        assert np.array_equal(told.confidence_NK, expected.confidence_NK)
+    candidates.decide_by(None)
+    for trained, (name, confidence_N) in zip(candidates.trained, first, strict=True):
+        assert trained.cache.confidence_name == name
+        assert np.array_equal(trained.confidence_N, confidence_N)
+
+
 def test_a_method_may_fix_the_confidence_of_all_caches(recording: Recording) -> None:
     for name in ("margin", "selector"):
         candidates = make_candidates(recording)

@@ -157,6 +157,12 @@ class Candidates:
             return 0
         return int(self.recording.features[point.position][self.train_rows].max()) + 1
 
+    def decide_by(self, confidence: str | None) -> None:
+        """Use this score in every candidate that has it; None, the first that none ranks clearly better than."""
+        self.confidence = confidence
+        for trained in self.trained:
+            self._choose_confidence(trained, None if trained.cache.reads is None else self.named(trained.cache.reads))
+
     # -- training ----------------------------------------------------------------------------------
 
     def seconds_for(self, cache: LearnedCache, recipe: Recipe) -> float:

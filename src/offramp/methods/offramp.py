@@ -16,9 +16,7 @@ from offramp.types import Records
 class Offramp(Method):
     """Three rounds of learned caches. Its rule without a certificate: the cheapest plan within the tolerance.
 
-    student_shares, pooled, trunks, reads: as in `offramp.search.Search`. confidence: a score of
-    `offramp.confidence`, or "selector", that decides for every cache; None: the first, unless another ranks clearly
-    better. temperature, bfloat16: as in `offramp.distillation.Recipe`. What each is worth: docs/results.md, ablations.
+    The fields are those of `offramp.search.Search`; what each is worth is measured by benchmarks/ablations.py.
     """
 
     name: ClassVar[str] = "offramp"
@@ -28,12 +26,10 @@ class Offramp(Method):
     pooled: bool = True
     trunks: bool = True
     reads: bool = True
-    confidence: str | None = None
     temperature: float = 2.0
     bfloat16: bool = True
 
     def learn(self, candidates: Candidates, tolerance: float) -> None:
-        candidates.confidence = self.confidence
         Search(
             candidates,
             tolerance=tolerance,
