@@ -28,6 +28,7 @@ BENCHMARKS := "cifar10.py --time-budget 900 --out results/cifar10.json" \
 	"scale.py --out results/scale.json" "split_table.py --out results/split_table.json" \
 	"methods.py cifar10 --time-budget 650 --latency-budget 3 --workdir work --out results/methods_cifar10.json" \
 	"methods.py resnet56_cifar10 --time-budget 280 --latency-budget 2 --workdir work --out results/methods_resnet56_cifar10.json" \
+	"ablations.py cifar10 --time-budget 650 --workdir work --out results/ablations.json" \
 	"breaches.py --out results/breaches.json" "replication.py work/cifar10 --out results/replication.json" "render.py"
 
 # Opponents that are not installed (extra `bench`) are rows that say so.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,22 @@ def load(file: Path) -> tuple[Records, CacheCosts]:
 # -- the rules -------------------------------------------------------------------------------------
 
 
-def certified(tune: Records, certify: Records, costs: CacheCosts, tolerance: float) -> Thresholds:
-    """Our path of plans on tune and the fixed sequence on certify, as `offramp.choosing` has it."""
-    path = plan_path(tune, costs, PATH_REACH * tolerance)
-    errors_M = []
-    for candidate in path:  # plans behind the first that fails are not looked at
-        errors_M.append(int(outcomes(certify, candidate.thresholds_K)[1].sum()))
-        if fixed_sequence(errors_M[-1:], len(certify), tolerance, common.LEVEL) < 0:
+def certified(tune: Records, certify: Records, costs: CacheCosts, tolerance: float, **options: Any) -> Thresholds:
+    """Our path of plans on tune, with these options of `plan_path`, and the fixed sequence on certify, as
+    `offramp.choosing` has it."""
+    path = plan_path(tune, costs, PATH_REACH * tolerance, **options)
+    return last_certified([candidate.thresholds_K for candidate in path], certify, tolerance)
+
+
+def last_certified(path: Sequence[Thresholds], certify: Records, tolerance: float) -> Thresholds:
+    """The last of these plans before the first that fails; no cache where the first one fails."""
+    passed: Thresholds = (OFF,) * len(certify.reads_K)
+    for thresholds_K in path:
+        errors = int(outcomes(certify, thresholds_K)[1].sum())
+        if fixed_sequence([errors], len(certify), tolerance, common.LEVEL) < 0:
             break
-    index = fixed_sequence(errors_M, len(certify), tolerance, common.LEVEL)
-    return path[index].thresholds_K if index >= 0 else (OFF,) * len(tune.reads_K)
+        passed = thresholds_K
+    return passed
 
 
 def published(name: str, see: str) -> Rule:

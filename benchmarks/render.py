@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import ablations
 import breaches
 import common
 import comparison
@@ -41,7 +42,7 @@ SECTIONS = (
         "methods_sst2",
         "methods_mobilenet_v2",
     ),
-    *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
+    *("ablations", "ablations_records", "breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
     *("learning_curve", "overhead", "merging", "scale", "split_table"),
 )
 
@@ -119,6 +120,7 @@ def families(document: dict[str, Any]) -> str:
 # By the first word of the document's name; `fits` draws the others.
 DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "methods": lambda document: comparison.tables(document["rows"]),
+    "ablations": lambda document: ablations.table(document["rows"]),
     "breaches": lambda document: breaches.table(document["rows"]),
     "replication": lambda document: replication.table(document["rows"]),
     "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",

@@ -14,7 +14,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "offramp"
 
 RANKS = [
-    "types errors tasks confidence streams flight progress augment unfused",
+    "types errors tasks confidence streams flight progress augment unfused precision",
     "splitting graph tracing behaviour torchvision_shim cost caches calibration placement backends",
     "model recording distillation",
     "candidates search methods choosing fitting evaluation parts cuts rebuilding optimizing profiling merging summary "

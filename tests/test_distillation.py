@@ -25,7 +25,6 @@ from offramp.distillation import (
     cache_logits,
     distillation_loss,
     graceful_stop,
-    has_fast_bfloat16,
     labelled,
     recipe_loss,
 )
@@ -251,21 +250,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **capabilities: Any) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, False), ({}, False)],
-)
-def test_a_cpu_is_fast_in_bfloat16_where_it_multiplies_matrices_of_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
-) -> None:
-    pretend(monkeypatch, **capabilities)
-    assert has_fast_bfloat16(torch.device("cpu")) is expected
-    assert has_fast_bfloat16(torch.device("meta")) is False
-
-
-def test_a_torch_that_cannot_tell_is_taken_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert has_fast_bfloat16(torch.device("cpu")) is False
+def test_a_recipe_may_do_without_bfloat16(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, amx_bf16=True)
+    quick, full = make(), make()
+    learn(quick, recording)
+    run(training(full, recording, Recipe(rows=6000, batch_size=50, learning_rate=1e-2, bfloat16=False)))
+    assert not torch.equal(quick.head.weight, full.head.weight)
+    pretend(monkeypatch, amx_bf16=False)
+    slow = make()
+    learn(slow, recording)
+    assert torch.equal(full.head.weight, slow.head.weight)
 
 
 def test_training_in_bfloat16_leaves_float32_weights_that_agree(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from offramp.errors import InputError
 from offramp.placement import (
@@ -24,7 +25,7 @@ from offramp.placement import (
     plan_path,
     smoothed_risk,
 )
-from offramp.types import Records
+from offramp.types import BoolArray, Records
 
 COSTS = CacheCosts(np.array([0.0, 0.3, 0.6]), np.array([0.05, 0.02, 0.02]))
 
@@ -197,6 +198,21 @@ def test_nothing_is_enabled_that_does_not_pay() -> None:
     everywhere_wrong = make_records(300, 3, 6)
     everywhere_wrong.agreement_NK[:] = False
     assert len(plan_path(everywhere_wrong, COSTS, 0.05)) == 1
+
+
+def test_a_path_may_be_searched_by_another_risk() -> None:
+    """With raw counts the estimates are what the tuning inputs show."""
+    records = make_records(300, 3, 6)
+
+    def raw(confidence_KN: NDArray[np.float64], agreement_KN: BoolArray) -> NDArray[np.float64]:
+        assert confidence_KN.shape == agreement_KN.shape == (3, 300)
+        return (~agreement_KN).astype(np.float64)
+
+    path, smoothed = plan_path(records, COSTS, 0.05, risk=raw), plan_path(records, COSTS, 0.05)
+    counted = [outcomes(records, one.thresholds_K)[1].mean() for one in path]
+    assert [one.disagreement for one in path] == pytest.approx(counted)
+    assert len(path) > 1
+    assert [one.thresholds_K for one in path] != [one.thresholds_K for one in smoothed]
 
 
 def test_no_records_and_no_caches_give_the_empty_plan() -> None:

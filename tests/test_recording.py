@@ -65,9 +65,17 @@ def run(
     seed: int = 0,
     workdir: Path | None = None,
     time_limit_s: float | None = None,
+    bfloat16: bool = False,
 ) -> Recording:
     return record(
-        counted.model, Classification(), stream, certify, seed=seed, workdir=workdir, time_limit_s=time_limit_s
+        counted.model,
+        Classification(),
+        stream,
+        certify,
+        seed=seed,
+        workdir=workdir,
+        time_limit_s=time_limit_s,
+        bfloat16=bfloat16,
     )
 
 
@@ -365,3 +373,99 @@ def test_copies_are_asked_once_and_free_augmentations_measured(tmp_path: Path, m
     assert again.rows == 0
     assert same(resumed, recorded)
     assert resumed.free_augmentations == recorded.free_augmentations
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies bfloat16 in hardware."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+
+
+class Telling(nn.Module):
+    """A stage that notes the types of what it is given, and may refuse one."""
+
+    def __init__(self, stage: nn.Module, refused: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.stage, self.refused, self.given = stage, refused, set[torch.dtype]()
+
+    def forward(self, *live: Tensor) -> object:
+        self.given.add(live[0].dtype)
+        if live[0].dtype == self.refused:
+            raise TypeError(f"{self.refused} is not for this stage")
+        return self.stage(*live)
+
+
+@pytest.mark.usefixtures("amx")
+def test_only_train_rows_are_run_in_bfloat16(backbone: nn.Module) -> None:
+    batches = [
+        (rows, torch.arange(start, start + 100)) for start, rows in zip(range(0, 400, 100), X.split(100), strict=True)
+    ]
+    exact = run(counting(backbone), batches)
+    recorded = run(counting(backbone), batches, bfloat16=True)
+    assert recorded.keys_N.tobytes() == exact.keys_N.tobytes(), "rows are in the order of the stream"
+    assert recorded.label_N is not None
+    assert recorded.label_N.tolist() == list(range(400))
+    columns = [(recorded.logits_NC, exact.logits_NC), *zip(recorded.features, exact.features, strict=True)]
+    train = recorded.part_N == TRAIN
+    for column, (low, full) in enumerate(columns):
+        assert np.array_equal(low[~train], full[~train]), "what is tuned and certified on is the backbone's own"
+        assert np.allclose(low, full, atol=0.05)
+        assert np.array_equal(low[train], full[train]) == (column == 1), "all but the inputs"
+    assert (recorded.logits_NC.argmax(1) == exact.logits_NC.argmax(1)).mean() > 0.98
+
+
+@pytest.mark.usefixtures("amx")
+def test_a_backbone_that_loses_its_answers_in_bfloat16_is_run_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = mlp().eval()
+    *_, last = model.modules()
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.bias.add_(1000)  # the next number of bfloat16 is 1004
+    assert same(run(counting(model), [X], bfloat16=True), run(counting(model), [X]))
+
+
+@pytest.mark.usefixtures("amx")
+def test_a_backbone_that_fails_in_bfloat16_is_run_as_it_is(backbone: nn.Module) -> None:
+    counted = counting(backbone)
+    *others, last = counted.model.stages
+    telling = Telling(last, refused=torch.bfloat16)
+    counted.model.stages = (*others, telling)
+    recorded = run(counted, X.split(100), bfloat16=True)
+    assert telling.given == {torch.float32, torch.bfloat16}, "it was tried"
+    assert same(recorded, run(counting(backbone), X.split(100)))
+
+
+@pytest.mark.usefixtures("amx")
+def test_rows_that_become_nan_in_bfloat16_alone_are_run_as_they_are(backbone: nn.Module) -> None:
+    counted = counting(backbone)
+    *others, last = counted.model.stages
+
+    class Overflowing(nn.Module):
+        def forward(self, live: Tensor) -> object:
+            later = live.dtype == torch.bfloat16 and counted.rows > 200
+            return last(live * torch.nan if later else live)
+
+    counted.model.stages = (*others, Overflowing())
+    recorded, exact = run(counted, X.split(100), bfloat16=True), run(counting(backbone), X.split(100))
+    assert np.array_equal(recorded.logits_NC[100:], exact.logits_NC[100:])
+    assert not np.array_equal(recorded.logits_NC, exact.logits_NC)
+
+
+@pytest.mark.usefixtures("amx")
+def test_an_interrupted_recording_goes_on_in_the_same_precision(backbone: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(RecordingInterrupted):
+        run(counting(backbone), then(KeyboardInterrupt(), *X[:200].split(100)), workdir=tmp_path, bfloat16=True)
+    resumed = run(counting(backbone), X.split(100), workdir=tmp_path, bfloat16=True)
+    assert same(resumed, run(counting(backbone), X.split(100), bfloat16=True))
+    assert not same(resumed, run(counting(backbone), X.split(100)))
+
+
+def test_without_such_hardware_everything_is_as_the_backbone_computes_it(
+    backbone: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert same(run(counting(backbone), X.split(100), bfloat16=True), run(counting(backbone), X.split(100)))

@@ -48,11 +48,13 @@ POOLED = [
 NEEDS = {"student": 60.0, "mlp": 4.0, "linear": 4.0, "conv": 15.0}
 
 
-def make_search(points: Sequence[SplitPoint] = POINTS, rows: int = 100, *, deadline: float | None = None) -> Search:
+def make_search(
+    points: Sequence[SplitPoint] = POINTS, rows: int = 100, *, deadline: float | None = None, **options: Any
+) -> Search:
     images, block, head = image_recording(rows).features
     features = [{1: head, 3: block}[len(point.shape)] if point.position else images for point in points]
     recording = make_recording(features, image_recording(rows).logits_NC)
-    return Search(make_candidates(recording, points, deadline=deadline), tolerance=0.05)
+    return Search(make_candidates(recording, points, deadline=deadline), tolerance=0.05, **options)
 
 
 def need(cache: LearnedCache) -> float:
@@ -87,10 +89,10 @@ class Rehearsal:
         monkeypatch.setattr(Candidates, "seconds_for", lambda self, cache, recipe: need(cache))
         monkeypatch.setattr(candidates_module, "time", self.clock)
 
-    def search(self, seconds: float | None) -> Search:
+    def search(self, seconds: float | None, **options: Any) -> Search:
         """Run the search with this much time."""
         self.limits.clear()
-        search = make_search(deadline=None if seconds is None else self.clock.now + seconds)
+        search = make_search(deadline=None if seconds is None else self.clock.now + seconds, **options)
         search.run()
         return search
 
@@ -118,6 +120,28 @@ def test_with_ample_time_all_three_rounds_are_trained(rehearsal: Rehearsal, seco
     assert [trained.cache.name for trained in search.candidates.trained] == names
     for name, limit in rehearsal.limits.items():
         assert limit is None if seconds is None else limit is not None and limit >= rehearsal.needs[name]
+
+
+@pytest.mark.parametrize("seconds", [None, 500.0])
+def test_every_round_can_be_left_out(rehearsal: Rehearsal, seconds: float | None) -> None:
+    rehearsal.search(seconds, student_shares=())
+    assert rehearsal.of_kind("student") == []
+    assert len(rehearsal.of_kind("mlp", "linear")) == len(POOLED) + 1, "one at the input as well"
+    rehearsal.search(seconds, student_shares=module.STUDENT_SHARES[:1])
+    assert rehearsal.of_kind("student") == STUDENTS[:1]
+    rehearsal.search(seconds, pooled=False, trunks=False)
+    assert list(rehearsal.limits) == STUDENTS
+    rehearsal.search(seconds, trunks=False)
+    assert rehearsal.of_kind("conv") == []
+    rehearsal.search(seconds, reads=False)
+    assert {rehearsal.reads[name] for name in rehearsal.limits if name not in STUDENTS} == {None}
+
+
+def test_temperature_and_precision_are_those_of_every_recipe() -> None:
+    search = make_search(temperature=3.0, bfloat16=False)
+    for point, kind in ((0, "student"), (1, "conv"), (1, "mlp"), (5, "linear")):
+        recipe = search.recipe(search.candidates.build(POINTS[point], CacheShape(kind, 8)))  # type: ignore[arg-type]
+        assert (recipe.temperature, recipe.bfloat16) == (3.0, False)
 
 
 def test_the_larger_student_reads_the_smaller_and_later_caches_read_the_reader(
@@ -332,11 +356,9 @@ def test_token_ids_get_no_pooled_caches() -> None:
     assert [cache.point for cache in token_search()._pooled(None)] == ["head", "head"]
 
 
-def test_a_second_student_is_wider_or_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STUDENT_SHARES", (0.04, 0.05))
-    assert [cache.name for cache in make_search()._students()] == STUDENTS[:1]
-    monkeypatch.setattr(module, "STUDENT_SHARES", (0.01, 0.04))
-    (only,) = make_search()._students()
+def test_a_second_student_is_wider_or_there_is_none() -> None:
+    assert [cache.name for cache in make_search(student_shares=(0.04, 0.05))._students()] == STUDENTS[:1]
+    (only,) = make_search(student_shares=(0.01, 0.04))._students()
     assert (only.name, only.reads) == (STUDENTS[0], None), "where the first is too dear the second reads nothing"
 
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ MAX_TUNE = 50_000  # tune rows that are looked at: the time of every search grow
 CHUNK_ROWS = 4096  # recorded rows whose logits are in memory at a time
 
 OfLogits = Callable[[Tensor, Tensor | None], Tensor]  # (B, C) own logits, those read -> (B, ...)
+CLEARLY = 0.01  # of AUROC: by less than this the best of several scores on tune is best by chance
 
 
 @dataclass
@@ -172,6 +173,12 @@ class Candidates:
             self._vocabularies[point.position] = 1 + max(int(ids[rows].max()) for rows in _chunks(self.train_rows))
         return self._vocabularies[point.position]
 
+    def decide_by(self, confidence: str | None) -> None:
+        """Use this score in every candidate that has it; None, the first that none ranks clearly better than."""
+        self.confidence = confidence
+        for trained in self.trained:
+            self._choose_confidence(trained)
+
     # -- training ----------------------------------------------------------------------------------
 
     def seconds_for(self, cache: LearnedCache, recipe: Recipe) -> float:
@@ -262,8 +269,7 @@ class Candidates:
             x_NF = self._of_logits(trained, self.tune_rows, statistics)
             scores["selector"] = _cross_fitted(x_NF, torch.from_numpy(agreement), self.seed)
         trained.auroc = {name: auroc(score, agreement) for name, score in scores.items()}
-        ranked = max(trained.auroc, key=lambda name: (np.nan_to_num(trained.auroc[name], nan=0.0), name != "selector"))
-        best = self.confidence if self.confidence in scores else ranked
+        best = self.confidence if self.confidence in scores else _clearly_best(trained.auroc)
         selector = None
         if best == "selector":
             selector = Selector.fitted(x_NF, torch.from_numpy(agreement))
@@ -390,6 +396,13 @@ def _chunks(rows: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
 def _thinned(rows: NDArray[np.intp], most: int) -> NDArray[np.intp]:
     """At most so many of these rows, from the first to the last: traffic may change along a stream."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(np.intp)]
+
+
+def _clearly_best(auroc: Mapping[str, float]) -> str:
+    """The first of these scores, unless another one ranks clearly better."""
+    ranking = {name: np.nan_to_num(value, nan=0.0) for name, value in auroc.items()}
+    first, best = next(iter(ranking)), max(ranking, key=lambda name: ranking[name])
+    return best if ranking[best] > ranking[first] + CLEARLY else first
 
 
 def _cross_fitted(x_NF: Tensor, agreement_N: Tensor, seed: int, folds: int = 5) -> NDArray[np.float64]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from offramp.augment import AUGMENTATIONS
 from offramp.caches import Cache, LearnedCache
 from offramp.errors import InputError
+from offramp.precision import has_fast_bfloat16
 from offramp.progress import Bar
 from offramp.recording import Recording, unnamed_file, write_all
 
@@ -44,7 +45,7 @@ class Recipe:
     """How to train one cache. `rows` is the number of inputs seen in all, repeats counted.
 
     The loss is alpha T^2 KL(backbone/T || cache/T) + (1 - alpha) CE(hard, cache), T being the `temperature`; `hard` is
-    the backbone's answer or the label.
+    the backbone's answer or the label. bfloat16: train in it where the hardware multiplies it.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class Recipe:
     warm_up: float = 0.2  # share of the schedule
     alpha: float = 1.0
     hard: Literal["answer", "label"] = "answer"
+    bfloat16: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -136,7 +138,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(_parameter_groups(cache, recipe.weight_decay), lr=recipe.learning_rate)
         augmentations = recording.free_augmentations if position == 0 else ()
         self.inputs = _Inputs(cache, features, rows, augmentations, seed, device)
-        self.recipe, self.device, self.fast = recipe, device, has_fast_bfloat16(device)
+        self.recipe, self.device, self.fast = recipe, device, recipe.bfloat16 and has_fast_bfloat16(device)
 
     def run(self, *, time_limit_s: float | None, stop: Stop, progress: Bar) -> TrainingLog:
         """Train to the end; leaves the cache in eval mode, folded. Raises nothing on Ctrl-C: ends early, the schedule
@@ -228,18 +230,6 @@ def labelled(recording: Recording, rows: NDArray[np.intp]) -> NDArray[np.intp]:
             "the order of the backbone's classes"
         )
     return rows
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices in hardware; elsewhere it is slower than float32.
-
-    Only training uses it. What a cache says is recorded, certified and served in float32.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # the oldest torch that we support
-        return False
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def cache_logits(

@@ -13,7 +13,7 @@ Shape suffixes: N recorded inputs, K candidate caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ NEVER = 2.0  # above every confidence: such a cache is looked up only because an
 
 Thresholds = tuple[float, ...]
 Array = NDArray[np.float64]
+Risk = Callable[[Array, BoolArray], Array]
 
 
 @dataclass(frozen=True)
@@ -182,15 +183,22 @@ class _Problem:
 
 
 def plan_path(
-    records: Records, costs: CacheCosts, max_disagreement: float, *, prices: int = 40, steps: int = 200
+    records: Records,
+    costs: CacheCosts,
+    max_disagreement: float,
+    *,
+    prices: int = 40,
+    steps: int = 200,
+    risk: Risk | None = None,
 ) -> tuple[Candidate, ...]:
     """Plans from "no cache" to the cheapest found whose estimated disagreement is at most `max_disagreement`.
 
     Estimated disagreement rises and estimated cost falls strictly along the path; its first plan is "no cache".
     records: the tuning inputs. prices: length of the series of prices of a disagreement. steps: into how many equal
-    steps of estimated disagreement the path is filled up by plans between those that the prices found.
+    steps of estimated disagreement the path is filled up by plans between those that the prices found. risk: how likely
+    each cache is to disagree, from confidences and agreement of shape (K, N); None: `smoothed_risk`.
     """
-    problem = _prepare(records, costs)
+    problem = _prepare(records, costs, risk or smoothed_risk)
     off = (OFF,) * len(problem.reads_K)
     if not len(records) or not off:
         return (Candidate(off, 0.0, 1.0, (0.0,) * len(off)),)
@@ -201,7 +209,7 @@ def plan_path(
     return tuple(one for one in candidates if one.disagreement <= max_disagreement)
 
 
-def _prepare(records: Records, costs: CacheCosts) -> _Problem:
+def _prepare(records: Records, costs: CacheCosts, risk: Risk) -> _Problem:
     if len(costs.cache_K) != len(records.reads_K):
         raise InputError(f"costs of {len(costs.cache_K)} caches for records of {len(records.reads_K)} caches")
     for k, source in enumerate(records.reads_K):
@@ -211,7 +219,7 @@ def _prepare(records: Records, costs: CacheCosts) -> _Problem:
     return _Problem(
         confidence_KN=confidence,
         order_KN=np.argsort(-confidence, axis=1, kind="stable"),
-        risk_KN=smoothed_risk(confidence, np.asarray(records.agreement_NK.T, dtype=bool)),
+        risk_KN=risk(confidence, np.asarray(records.agreement_NK.T, dtype=bool)),
         costs=costs,
         reads_K=tuple(records.reads_K),
     )

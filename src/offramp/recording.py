@@ -35,6 +35,7 @@ from torch import Tensor
 from offramp.augment import AUGMENTATIONS, is_image, mirror, shift
 from offramp.caches import Reduction, reduction_for
 from offramp.errors import InputError, StorageError, StreamError
+from offramp.precision import has_fast_bfloat16
 from offramp.progress import bar
 from offramp.splitting import SplitModel
 from offramp.streams import Batch, check_stream, concatenated, read_stream
@@ -53,6 +54,7 @@ SAMPLE_ROWS = 256
 INVARIANCE_ROWS = 512
 INVARIANCE_BATCH = 32  # `shift` draws once per batch: small ones, so that many shifts are tried
 INVARIANT = 0.95  # an augmentation is free where the backbone keeps this share of its answers under it
+FAITHFUL = 0.98  # train rows are run in bfloat16 where the first of them keep this share of their answers
 
 
 class RecordingInterrupted(KeyboardInterrupt):
@@ -144,8 +146,12 @@ def record(
     workdir: Path | None = None,
     time_limit_s: float | None = None,
     show: bool = False,
+    bfloat16: bool = True,
 ) -> Recording:
     """Run the backbone once over both streams; after `time_limit_s` the rest of `stream` is left out.
+
+    bfloat16: train rows are run in it where the hardware multiplies it and the backbone keeps its answers. What is
+    tuned and certified on is always what the backbone computes.
 
     A Recording in place of `stream` is taken over: what is added is `certify`, less the rows it already holds.
 
@@ -161,7 +167,7 @@ def record(
     if certify is not None:
         check_stream(certify)
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-    with closing(_Recorder(split, task, seed, workdir, separate=certify is not None)) as recorder:
+    with closing(_Recorder(split, task, seed, workdir, separate=certify is not None, bfloat16=bfloat16)) as recorder:
         with recorder.keeping():
             recorder.open()
             if isinstance(stream, Recording):
@@ -187,7 +193,14 @@ class _Recorder:
     """
 
     def __init__(
-        self, split: SplitModel, task: Classification, seed: int, workdir: Path | None, *, separate: bool
+        self,
+        split: SplitModel,
+        task: Classification,
+        seed: int,
+        workdir: Path | None,
+        *,
+        separate: bool,
+        bfloat16: bool = True,
     ) -> None:
         self.split, self.task, self.seed, self.separate = split, task, seed, separate
         self.reductions = [
@@ -197,6 +210,7 @@ class _Recorder:
         self.files: dict[str, IO[bytes]] = {}
         self.columns: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         self.state = _Journal()
+        self.has_bfloat16 = bfloat16 and has_fast_bfloat16(split.device)
         self.trained = _Digests()  # what a certification stream must not repeat
         self.adopted = _Digests()  # held-out rows of a recording that was taken over
         self.sample: list[Batch] = []
@@ -283,7 +297,13 @@ class _Recorder:
 
     def _write(self, state: _Journal, batch: Batch, keys: list[bytes], parts: list[int], *, copy: bool) -> _Journal:
         """Append these rows to all columns; the state with them, to be committed."""
-        columns, logits_BC = self._run(batch)
+        train_B = np.array(parts) == TRAIN
+        if self.has_bfloat16 and state.bfloat16 is None and train_B.any():
+            state = dataclasses.replace(state, bfloat16=self._faithful_in_bfloat16(_chosen(batch, train_B)))
+        low_precision = self.has_bfloat16 and state.bfloat16
+        columns, logits_BC = self._run_mixed(batch, train_B) if low_precision else self._run(batch)
+        if low_precision and not bool(torch.isfinite(logits_BC).all()):
+            columns, logits_BC = self._run(batch)
         if not bool(torch.isfinite(logits_BC).all()):
             raise StreamError(
                 f"the backbone answers NaN or infinity for inputs near number {self.rows}; find out which inputs "
@@ -299,16 +319,40 @@ class _Recorder:
         labelled = state.labelled and (labels is not None or copy)
         return dataclasses.replace(state, rows=state.rows + len(keys), labelled=labelled)
 
+    def _run_mixed(self, batch: Batch, low_B: NDArray[np.bool_]) -> tuple[dict[str, NDArray[Any]], Tensor]:
+        """`_run`, with these rows in bfloat16."""
+        if low_B.all() or not low_B.any():
+            return self._run(batch, bfloat16=bool(low_B.any()))
+        parts = [self._run(_chosen(batch, low_B), bfloat16=True), self._run(_chosen(batch, ~low_B))]
+        place_B = np.argsort(np.argsort(~low_B, kind="stable"))  # of each row behind one another, low precision first
+        columns = {name: np.concatenate([part[0][name] for part in parts])[place_B] for name in parts[0][0]}
+        return columns, torch.cat([part[1] for part in parts])[torch.from_numpy(place_B)]
+
+    def _faithful_in_bfloat16(self, batch: Batch) -> bool:
+        """Whether the backbone keeps its answers to these rows in bfloat16; not where it fails on them so."""
+        try:
+            _, logits_BC = self._run(batch, bfloat16=True)
+        except StreamError:
+            return False
+        if not bool(torch.isfinite(logits_BC).all()):
+            return False
+        answer_B = self.task.answer(self._run(batch)[1])
+        return int(self.task.agree(self.task.answer(logits_BC), answer_B).sum()) >= FAITHFUL * len(batch)
+
     @torch.inference_mode()
-    def _run(self, batch: Batch) -> tuple[dict[str, NDArray[Any]], Tensor]:
+    def _run(self, batch: Batch, *, bfloat16: bool = False) -> tuple[dict[str, NDArray[Any]], Tensor]:
         """What caches will read at each split point, and the backbone's logits."""
         columns: dict[str, NDArray[Any]] = {}
         try:
             live = self.split.flatten(batch.to(self.split.device))
             for position, stage in enumerate(self.split.stages):
-                feature = self.reductions[position](self.split.activation(position, live))
-                columns[f"point_{position}"] = _storable(feature)
-                live = stage(*live)
+                activation = self.split.activation(position, live)
+                if bfloat16 and activation.is_floating_point():
+                    # The reduction clamps to the largest number of half precision, which bfloat16 does not have.
+                    activation = activation.float()
+                columns[f"point_{position}"] = _storable(self.reductions[position](activation))
+                with torch.autocast(self.split.device.type, torch.bfloat16, enabled=bfloat16):
+                    live = stage(*live)
             return columns, self.task.logits(live).float()
         except Exception as error:
             raise StreamError(
@@ -487,7 +531,7 @@ class _Recorder:
     def _resume(self, document: dict[str, Any]) -> None:
         self.columns = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in document["columns"].items()}
         names = [field.name for field in dataclasses.fields(_Journal)]
-        state = {name: document[name] for name in names}
+        state = {name: document[name] for name in names if name in document}
         free = state["free"]
         self.state = _Journal(
             **state | {"through": tuple(state["through"]), "free": None if free is None else tuple(free)}
@@ -543,7 +587,8 @@ class _Recorder:
 @dataclass(frozen=True)
 class _Journal:
     """How far a recording has come. `rows` counts copies, `consumed` is per stream, `through` names finished streams,
-    `asked` counts rows that copies were asked about, `free` the measured free augmentations (None: not measured)."""
+    `asked` counts rows that copies were asked about, `free` the measured free augmentations and `bfloat16` whether
+    train rows keep their answers in it (None: not measured)."""
 
     rows: int = 0
     consumed: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -552,6 +597,7 @@ class _Journal:
     labelled: bool = True
     asked: int = 0
     free: tuple[str, ...] | None = None
+    bfloat16: bool | None = None
 
 
 @dataclass
@@ -605,6 +651,10 @@ def _part(key: bytes, seed: int, shares: Sequence[float]) -> int:
     """The part of a row, decided by its digest and the seed alone."""
     mixed = np.random.SeedSequence([seed, int.from_bytes(key[:8], "little")]).generate_state(1)[0]
     return bisect_right(list(itertools.accumulate(shares))[:-1], float(mixed) / 2**32)
+
+
+def _chosen(batch: Batch, chosen_B: NDArray[np.bool_]) -> Batch:
+    return batch.rows(torch.from_numpy(np.flatnonzero(chosen_B)))
 
 
 def _storable(feature: Tensor) -> NDArray[Any]:

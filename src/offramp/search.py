@@ -31,7 +31,7 @@ from offramp.splitting import SplitPoint
 Item = TypeVar("Item")
 Choice = Callable[[list[LearnedCache], int], list[LearnedCache]]
 
-STUDENT_SHARES = (0.04, 0.10)  # of the backbone's FLOPs
+STUDENT_SHARES = (0.06, 0.12)  # of the backbone's FLOPs
 TRUNK_SHARE = 0.015
 MAX_TRUNKS = 2
 MAX_POINTS = 12  # split points that get pooled caches
@@ -43,11 +43,29 @@ LEAST, LEAST_STUDENTS = 0.5, 1.0
 
 
 class Search:
-    """Trains candidates round by round."""
+    """Trains candidates round by round.
 
-    def __init__(self, candidates: Candidates, *, tolerance: float) -> None:
+    student_shares: of the backbone's FLOPs, the most that each student may cost, rising; none: no students. pooled,
+    trunks: whether there are these rounds. reads: whether later caches read the logits of a student. temperature,
+    bfloat16: of every `Recipe`.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        *,
+        tolerance: float,
+        student_shares: Sequence[float] = STUDENT_SHARES,
+        pooled: bool = True,
+        trunks: bool = True,
+        reads: bool = True,
+        temperature: float = 2.0,
+        bfloat16: bool = True,
+    ) -> None:
         self.candidates, self.tolerance = candidates, tolerance
         self.split = candidates.split
+        self.student_shares, self.pooled, self.trunks, self.reads = student_shares, pooled, trunks, reads
+        self.temperature, self.bfloat16 = temperature, bfloat16
 
     def run(self) -> None:
         """Ends early, with what there is, when the user stops it."""
@@ -74,7 +92,7 @@ class Search:
         if not (is_image(tuple(point.shape), floating=floating) or self._needs_own_vectors(point)):
             return
         kind, previous = ("student" if floating else "transformer"), None
-        for share in STUDENT_SHARES:
+        for share in self.student_shares:
             shape = self.candidates.widest(point, kind, share)
             if shape is None or (previous and shape.width <= previous.shape.width):
                 continue
@@ -88,6 +106,8 @@ class Search:
         return is_ids and (vectors is None or vectors.depth > STUDENT_SHARES[-1])
 
     def _pooled(self, reader: Trained | None) -> Iterator[LearnedCache]:
+        if not self.pooled:
+            return
         points = [point for point in self.split.points[0 if reader is None else 1 :] if point.dtype.is_floating_point]
         reads = None if reader is None else reader.cache
         for point in evenly(points, MAX_POINTS):
@@ -99,7 +119,7 @@ class Search:
                 yield self.candidates.build(point, CacheShape("linear"), reads)
 
     def _trunks(self, reader: Trained | None) -> Iterator[LearnedCache]:
-        for position, _ in self._headroom()[:MAX_TRUNKS]:
+        for position, _ in self._headroom()[:MAX_TRUNKS] if self.trunks else ():
             point = self.split.points[position]
             if len(point.shape) != 3 or not point.dtype.is_floating_point:
                 continue
@@ -133,7 +153,7 @@ class Search:
     def _reader(self) -> Trained | None:
         """The student that later caches read: the last one in the best plan of students alone."""
         trained = self.candidates.trained
-        if not trained:
+        if not trained or not self.reads:
             return None
         records, costs = self.candidates.records(trained, TUNE), self.candidates.estimated_costs(trained)
         best = plan_path(records, costs, self.tolerance, prices=40)[-1]
@@ -142,13 +162,16 @@ class Search:
 
     def recipe(self, cache: LearnedCache) -> Recipe:
         """How a cache of this shape is trained at this split point, given the number of train rows."""
+        recipe = self._recipe(cache.shape.kind, self.candidates.position(cache))
+        return dataclasses.replace(recipe, temperature=self.temperature, bfloat16=self.bfloat16)
+
+    def _recipe(self, kind: str, position: int) -> Recipe:
         n = len(self.candidates.train_rows)
-        if cache.shape.kind in ("linear", "mlp"):
+        if kind in ("linear", "mlp"):
             return Recipe(rows=int(np.clip(30 * n, 20_000, 600_000)), batch_size=min(256, max(16, n // 8)))
-        if cache.shape.kind == "layers":
+        if kind == "layers":
             return Recipe(rows=int(np.clip(8 * n, 20_000, 400_000)), batch_size=min(64, max(16, n // 8)))
-        most = 1_500_000 if self.candidates.position(cache) == 0 else 400_000
-        rows = int(np.clip(40 * n, 30_000, most))
+        rows = int(np.clip(40 * n, 30_000, 1_500_000 if position == 0 else 400_000))
         return Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
 
     # -- time --------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from offramp.caches.reduction import MAX_SEGMENTS, Reduction
 Kind = Literal["linear", "mlp", "conv", "student", "transformer", "layers", "conv1d"]
 
 WHITENED = 24  # channels of a student's first layer
+HALVINGS = 3  # of a student's resolution; the last scale has most of its weights and costs little
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class _Student(nn.Module):
     """A small residual network on the raw input: wide and shallow, because narrow deep ones are slow at batch 1.
 
     Images above 48 pixels enter through a strided patch convolution that brings them to about 32. `width` is the number
-    of channels at full resolution; it doubles at each of the two halvings. `depth` is the residual blocks per scale.
+    of channels at full resolution; it doubles at each of the halvings. `depth` is the residual blocks per scale.
     The layout follows the fast CIFAR networks of DAWNBench (Page, 2018): convolve, pool, residual block. The first
     layer whitens patches and is not trained (Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498, section 3.2):
     in short trainings it is worth 2 to 3 points of agreement (docs/experiments.md).
@@ -216,7 +217,7 @@ class _Student(nn.Module):
         else:
             scales = []
             into, out = WHITENED, width
-            for _ in range(2):
+            for _ in range(HALVINGS):
                 out *= 2
                 scales += [_halving(into, out), *(_Residual(out) for _ in range(shape.depth))]
                 into = out

@@ -8,19 +8,38 @@ from typing import ClassVar
 from offramp.candidates import Candidates
 from offramp.methods.base import Method
 from offramp.placement import CacheCosts, Thresholds, plan_path
-from offramp.search import Search
+from offramp.search import STUDENT_SHARES, Search
 from offramp.types import Records
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offramp(Method):
-    """Three rounds of learned caches. Its rule without a certificate: the cheapest plan within the tolerance."""
+    """Three rounds of learned caches. Its rule without a certificate: the cheapest plan within the tolerance.
+
+    The fields are those of `offramp.search.Search`; what each is worth is measured by benchmarks/ablations.py.
+    """
 
     name: ClassVar[str] = "offramp"
     source: ClassVar[str] = "docs/design.md"
 
+    student_shares: tuple[float, ...] = STUDENT_SHARES
+    pooled: bool = True
+    trunks: bool = True
+    reads: bool = True
+    temperature: float = 2.0
+    bfloat16: bool = True
+
     def learn(self, candidates: Candidates, tolerance: float) -> None:
-        Search(candidates, tolerance=tolerance).run()
+        Search(
+            candidates,
+            tolerance=tolerance,
+            student_shares=self.student_shares,
+            pooled=self.pooled,
+            trunks=self.trunks,
+            reads=self.reads,
+            temperature=self.temperature,
+            bfloat16=self.bfloat16,
+        ).run()
 
     def thresholds(self, records: Records, costs: CacheCosts, tolerance: float) -> Thresholds:
         return plan_path(records, costs, tolerance)[-1].thresholds_K

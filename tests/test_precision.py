@@ -1,0 +1,25 @@
+"""Where bfloat16 pays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offramp.precision import has_fast_bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, False), ({}, False)],
+)
+def test_a_cpu_is_fast_in_bfloat16_where_it_multiplies_matrices_of_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_fast_bfloat16(torch.device("cpu")) is expected
+    assert has_fast_bfloat16(torch.device("meta")) is False
+
+
+def test_a_torch_that_cannot_tell_is_taken_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert has_fast_bfloat16(torch.device("cpu")) is False
