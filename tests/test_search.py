@@ -137,11 +137,12 @@ def test_every_round_can_be_left_out(rehearsal: Rehearsal, seconds: float | None
     assert {rehearsal.reads[name] for name in rehearsal.limits if name not in STUDENTS} == {None}
 
 
-def test_temperature_and_precision_are_those_of_every_recipe() -> None:
-    search = make_search(temperature=3.0, bfloat16=False)
-    for point, kind in ((0, "student"), (1, "conv"), (1, "mlp"), (5, "linear")):
+def test_precision_is_that_of_every_recipe_and_the_temperature_that_of_students() -> None:
+    search = make_search(student_temperature=3.0, bfloat16=False)
+    for point, kind in ((0, "student"), (0, "mlp"), (1, "conv"), (1, "mlp"), (5, "linear")):
         recipe = search.recipe(search.candidates.build(POINTS[point], CacheShape(kind, 8)))  # type: ignore[arg-type]
-        assert (recipe.temperature, recipe.bfloat16) == (3.0, False)
+        assert not recipe.bfloat16
+        assert recipe.temperature == (3.0 if kind == "student" else Recipe.temperature)
 
 
 def test_the_larger_student_reads_the_smaller_and_later_caches_read_the_reader(

@@ -32,6 +32,7 @@ Item = TypeVar("Item")
 Choice = Callable[[list[LearnedCache], int], list[LearnedCache]]
 
 STUDENT_SHARES = (0.06, 0.12)  # of the backbone's FLOPs
+STUDENT_TEMPERATURE = 4.0  # softer than for pooled caches, which gain nothing by it
 TRUNK_SHARE = 0.015
 MAX_TRUNKS = 2
 MAX_POINTS = 12  # split points that get pooled caches
@@ -46,8 +47,8 @@ class Search:
     """Trains candidates round by round.
 
     student_shares: of the backbone's FLOPs, the most that each student may cost, rising; none: no students. pooled,
-    trunks: whether there are these rounds. reads: whether later caches read the logits of a student. temperature,
-    bfloat16: of every `Recipe`.
+    trunks: whether there are these rounds. reads: whether later caches read the logits of a student.
+    student_temperature: of the students' recipes. bfloat16: of all of them.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class Search:
         pooled: bool = True,
         trunks: bool = True,
         reads: bool = True,
-        temperature: float = 2.0,
+        student_temperature: float = STUDENT_TEMPERATURE,
         bfloat16: bool = True,
     ) -> None:
         self.candidates, self.tolerance = candidates, tolerance
         self.split = candidates.split
         self.student_shares, self.pooled, self.trunks, self.reads = student_shares, pooled, trunks, reads
-        self.temperature, self.bfloat16 = temperature, bfloat16
+        self.student_temperature, self.bfloat16 = student_temperature, bfloat16
 
     def run(self) -> None:
         """Ends early, with what there is, when the user stops it."""
@@ -163,7 +164,7 @@ class Search:
     def recipe(self, cache: LearnedCache) -> Recipe:
         """How a cache of this shape is trained at this split point, given the number of train rows."""
         recipe = self._recipe(cache.shape.kind, self.candidates.position(cache))
-        return dataclasses.replace(recipe, temperature=self.temperature, bfloat16=self.bfloat16)
+        return dataclasses.replace(recipe, bfloat16=self.bfloat16)
 
     def _recipe(self, kind: str, position: int) -> Recipe:
         n = len(self.candidates.train_rows)
@@ -172,7 +173,8 @@ class Search:
         if kind == "layers":
             return Recipe(rows=int(np.clip(8 * n, 20_000, 400_000)), batch_size=min(64, max(16, n // 8)))
         rows = int(np.clip(40 * n, 30_000, 1_500_000 if position == 0 else 400_000))
-        return Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
+        recipe = Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
+        return recipe if position else dataclasses.replace(recipe, temperature=self.student_temperature)
 
     # -- time --------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ def test_its_fields_are_those_of_the_search(monkeypatch: pytest.MonkeyPatch) -> 
         "pooled": False,
         "trunks": False,
         "reads": False,
-        "temperature": 3.0,
+        "student_temperature": 3.0,
         "bfloat16": False,
     }
     Offramp(**changed).learn(cast(Candidates, None), 0.02)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from offramp.candidates import Candidates
 from offramp.methods.base import Method
 from offramp.placement import CacheCosts, Thresholds, plan_path
-from offramp.search import STUDENT_SHARES, Search
+from offramp.search import STUDENT_SHARES, STUDENT_TEMPERATURE, Search
 from offramp.types import Records
 
 
@@ -26,7 +26,7 @@ class Offramp(Method):
     pooled: bool = True
     trunks: bool = True
     reads: bool = True
-    temperature: float = 2.0
+    student_temperature: float = STUDENT_TEMPERATURE
     bfloat16: bool = True
 
     def learn(self, candidates: Candidates, tolerance: float) -> None:
@@ -37,7 +37,7 @@ class Offramp(Method):
             pooled=self.pooled,
             trunks=self.trunks,
             reads=self.reads,
-            temperature=self.temperature,
+            student_temperature=self.student_temperature,
             bfloat16=self.bfloat16,
         ).run()
 
