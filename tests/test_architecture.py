@@ -15,9 +15,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "offramp"
 
 RANKS = [
     "types errors tasks confidence streams progress augment unfused",
-    "splitting graph tracing behaviour torchvision_shim cost caches calibration placement backends",
+    "splitting graph tracing behaviour torchvision_shim cost caches calibration placement monitoring reservoir "
+    "backends",
     "model recording distillation",
-    "candidates search methods choosing fitting evaluation parts cuts rebuilding optimizing summary artifact report",
+    "candidates search methods choosing fitting evaluation parts cuts rebuilding optimizing online_model summary "
+    "artifact report",
     "sources cli demo bench __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

@@ -12,8 +12,8 @@ import pytest
 
 import offramp
 
-FUNCTIONS = {"evaluate", "fit", "load", "optimize", "save", "split"}
-VALUES = {"CachedModel", "Certificate", "Evaluation", "Plan", "Prediction", "ResultCache"}
+FUNCTIONS = {"evaluate", "fit", "load", "online", "optimize", "save", "split"}
+VALUES = {"CachedModel", "Certificate", "Evaluation", "OnlineModel", "Plan", "Prediction", "ResultCache"}
 ERRORS = {
     "ArtifactError",
     "BackendError",

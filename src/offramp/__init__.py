@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from offramp.fitting import fit as fit
     from offramp.model import CachedModel as CachedModel
     from offramp.model import Prediction as Prediction
+    from offramp.online_model import OnlineModel as OnlineModel
+    from offramp.online_model import online as online
     from offramp.optimizing import optimize as optimize
     from offramp.splitting import split as split
     from offramp.types import Certificate as Certificate
@@ -51,9 +53,11 @@ _HOME = {
     "split": "splitting",
     "evaluate": "evaluation",
     "optimize": "optimizing",
+    "online": "online_model",
     "save": "artifact",
     "load": "artifact",
     "CachedModel": "model",
+    "OnlineModel": "online_model",
     "Prediction": "model",
     "ResultCache": "caches.result",
     "Plan": "types",

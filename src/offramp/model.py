@@ -7,8 +7,10 @@ is a miss: the failing cache and all later ones are switched off, which can only
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -81,6 +83,7 @@ class CachedModel(nn.Module):
         self._number, self.result_cache = next(_numbers), None
         self._lookups = _lookups(split, caches, plan)
         self._live_lookups = len(plan.caches)  # lookups from this one on are switched off
+        self._answers_from = tuple(planned.threshold for planned in plan.caches)
         self._compaction = compaction_rule(costs)
         self._classes, self._dtype = self._output_form()
 
@@ -88,7 +91,7 @@ class CachedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's: same arguments, same output type. Raises InputError when the arguments do not fit."""
-        batch = _as_call(args, kwargs)
+        batch = as_call(args, kwargs)
         results = self._result_cache
         if results is not None and results.on:
             return self.split_model.unflatten((self._recall_or_route(batch, results).logits_BC,))
@@ -100,7 +103,7 @@ class CachedModel(nn.Module):
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The same, and per row where it left and how sure that cache was."""
-        batch = _as_call(args, kwargs)
+        batch = as_call(args, kwargs)
         results = self._result_cache
         routed = self._answer(batch) if results is None else self._recall_or_route(batch, results)
         return Prediction(
@@ -145,8 +148,9 @@ class CachedModel(nn.Module):
                     break
                 logits, confidence = answered
                 threshold = self.plan.caches[slot].threshold
-                hit = open_to_caches & (confidence >= threshold)
-                # NaN compares false twice: a miss, and later caches do not answer this row either.
+                hit = open_to_caches & (confidence >= self._answers_from[slot])
+                # NaN compares false twice: a miss, and later caches do not answer this row either. Nor do they answer
+                # what a restricted cache refuses: in the plan that row never reached them.
                 open_to_caches = open_to_caches & (confidence < threshold)
                 hits = int(hit.sum())  # waits for the device: what runs next depends on it
                 if hits == 0:
@@ -199,6 +203,28 @@ class CachedModel(nn.Module):
         left_at_H = torch.full((len(recalled.logits_HC),), len(self.plan.caches) + 1, device=like.device)
         known = (recalled.logits_HC, left_at_H, recalled.confidence_H)
         return _Routed(*(torch.cat(parts)[recalled.source_B] for parts in zip(known, routed, strict=True)))
+
+    def restricted(self, answers_from: Sequence[float]) -> CachedModel:
+        """The same model and plan, where cache k answers only from confidence `answers_from[k]` on; infinity: never.
+
+        A request that the plan would have answered at a cache that now refuses it gets the backbone's answer, so what
+        caches answer is a subset of what they answer under the plan, each with the same answer: so are the
+        disagreements. Caches behind the last that may still answer are not looked up. Parts are shared, not copied.
+        InputError for a value below the plan's threshold, or NaN.
+        """
+        thresholds = [planned.threshold for planned in self.plan.caches]
+        if len(answers_from) != len(thresholds) or not all(
+            least >= threshold for least, threshold in zip(answers_from, thresholds, strict=True)
+        ):
+            raise InputError(
+                f"answers_from is {list(answers_from)}; expected a number for each of the thresholds {thresholds} of "
+                "the plan, none below its threshold: caches may be restricted, never loosened"
+            )
+        model = copy.copy(self)
+        model._answers_from = tuple(answers_from)
+        finite = [slot for slot, least in enumerate(answers_from) if least < math.inf]
+        model._live_lookups = min(self._live_lookups, 1 + max(finite, default=-1))
+        return model
 
     def bypasses(self, batch_size: int) -> bool:
         """Whether a batch of this size runs the backbone alone: no caches, or measured not to pay."""
@@ -268,7 +294,7 @@ def _lookups(split: SplitModel, caches: Sequence[Cache], plan: Plan) -> list[lis
     return at
 
 
-def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+def as_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     """The arguments of a call as a Batch; None counts as not given. Every tensor must have the same number of rows."""
     given = {name: value for name, value in kwargs.items() if value is not None}
     wrong = [type(value).__name__ for value in (*args, *given.values()) if not isinstance(value, Tensor)]

@@ -95,6 +95,16 @@ class SplitModel:
 
     def flatten(self, batch: Batch) -> tuple[Tensor, ...]:
         """The live values at point 0. Raises InputError when the batch does not fit the example."""
+        arguments = self._checked_arguments(batch)
+        return tuple(arguments[name] for name in self._inputs)
+
+    def like_example(self, batch: Batch) -> Batch:
+        """The same inputs, passed by position and by name as the example's are. InputError as in `flatten`."""
+        arguments = self._checked_arguments(batch)
+        tensors, positional = [arguments[name] for name in self._arguments], len(self.example.args)
+        return Batch(tuple(tensors[:positional]), dict(zip(self.example.kwargs, tensors[positional:], strict=True)))
+
+    def _checked_arguments(self, batch: Batch) -> dict[str, Tensor]:
         if (len(batch.args), *batch.kwargs) == (len(self.example.args), *self.example.kwargs):
             arguments = dict(zip(self._arguments, batch.tensors, strict=True))
         else:
@@ -117,7 +127,7 @@ class SplitModel:
                     f"`{name}` is on {received.device}, the model on {self.device}; move it with "
                     f"`.to({str(self.device)!r})`"
                 )
-        return tuple(arguments[name] for name in self._inputs)
+        return arguments
 
     def activation(self, position: int, live: Sequence[Tensor]) -> Tensor:
         """What caches read at a split point, among its live values."""
