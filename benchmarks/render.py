@@ -12,6 +12,7 @@ from typing import Any
 import breaches
 import common
 import comparison
+import detection_delay
 import optimized
 import replication
 
@@ -39,7 +40,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "split_table"),
+    *("learning_curve", "overhead", "split_table", "detection_delay"),
 )
 
 
@@ -134,6 +135,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
     "overhead": overhead,
     "split": families,
+    "detection": lambda document: detection_delay.table(document["rows"]),
 }
 
 

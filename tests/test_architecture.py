@@ -102,7 +102,7 @@ def violations(root: Path) -> list[str]:
             problem = wrong(room, other)
             if problem:
                 found.append(f"{room} imports {other}: {problem}")
-    reached = reachable("model", graph) & NOT_FOR_REQUESTS
+    reached = (reachable("model", graph) | reachable("online_model", graph)) & NOT_FOR_REQUESTS
     found += [f"a request reaches {name}" for name in sorted(reached)]
     return found
 

@@ -73,15 +73,13 @@ def online(
     keep_inputs, reservoir_bytes: whether inputs are kept, and how many bytes of them; with `keep_inputs=False` no input
     outlives its shadow. seed: of all that is random here.
 
-    The thread belongs to this process: after a fork, call `online` in the child. InputError for arguments that make no
-    sense and for a plan without caches, which has nothing to watch.
+    A plan without caches is served too; it never disagrees. The thread belongs to this process: after a fork, call
+    `online` in the child. InputError for arguments that make no sense.
     """
     if not 0 < shadow <= 1:
         raise InputError(f"shadow is {shadow!r}; expected a share of the requests above 0 and at most 1, such as 0.01")
     if queue_size < 1:
         raise InputError(f"queue_size is {queue_size!r}; expected a number of calls, at least 1")
-    if not cached.plan.caches:
-        raise InputError(f"this model has no caches to watch: {cached.plan.reason or 'its plan is empty'}")
     reservoir = Reservoir(cached.split_model.example, reservoir_bytes, seed=seed) if keep_inputs else None
     return OnlineModel(cached, _Sampler(shadow, seed), run_length, queue_size, reservoir)
 

@@ -82,4 +82,5 @@ def _copy_round(ring: Tensor, first: int, rows: Tensor) -> None:
     start, rows = (first + skipped) % len(ring), rows[skipped:]
     before_end = min(len(rows), len(ring) - start)
     ring[start : start + before_end].copy_(rows[:before_end])
-    ring[: len(rows) - before_end].copy_(rows[before_end:])
+    if before_end < len(rows):
+        ring[: len(rows) - before_end].copy_(rows[before_end:])
