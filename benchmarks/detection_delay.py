@@ -126,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| detector | promise | "
         + " | ".join(f"1 % to {100 * rate:g} %: median (90 %)" for rate in RATES)
-        + " | false alarms per 1 M at 1 % | at exactly 2 % |",
+        + " | false alarms per 1 M sampled requests at 1 % | at exactly 2 % |",
         "|---" * (4 + len(RATES)) + "|",
     ]
     for entry in rows:

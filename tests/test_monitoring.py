@@ -100,7 +100,7 @@ def test_an_interval_for_one_look_is_caught_when_it_is_looked_at_often() -> None
 
 
 def numbers(rate: float, n: int, seed: int) -> list[float]:
-    return (np.random.default_rng(seed).random(n) < rate).astype(float).tolist()
+    return [float(x) for x in np.random.default_rng(seed).random(n) < rate]
 
 
 def first_alarm(detector: Detector | Drift, xs: Iterable[float]) -> int | None:

@@ -192,7 +192,7 @@ def bin_of(confidence: float) -> int:
 
 def edge_of(position: int) -> float:
     """The least confidence in this bin."""
-    return 1 - 2.0 ** (-position / 2)
+    return 1 - math.pow(2, -position / 2)
 
 
 # --- what is known about the requests of one plan -------------------------------------------------
@@ -373,7 +373,7 @@ class LatencySketch:
         for at in sorted(self._counts):
             seen += self._counts[at]
             if seen >= share * total:
-                return float(self._LEAST_S * math.exp(at * self._LOG_GROWTH))
+                return self._LEAST_S * math.exp(at * self._LOG_GROWTH)
         return None
 
     def merged(self, other: LatencySketch) -> LatencySketch:

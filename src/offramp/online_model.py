@@ -166,7 +166,7 @@ class OnlineModel:
         rows = [] if self._closed else self._sampler.take(len(batch))
         sampled = None
         if rows:
-            index = torch.tensor(rows, device=batch.tensors[0].device)
+            index = torch.tensor(rows)
             copied = batch.rows(index)  # before the call: a backbone may write into its inputs, and so may the caller
             answer = rung.model.predict(*args, **kwargs)
             told = (column_B[index] for column_B in (answer.answer_B, answer.left_at_B, answer.confidence_B))
