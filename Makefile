@@ -25,7 +25,8 @@ BENCHMARKS := "cifar10.py --time-budget 900 --out results/cifar10.json" \
 	"tiny_imagenet.py resnet56 --time-budget 400 --out results/resnet56_cifar100.json" \
 	"learning_curve.py --time-budget 120 --out results/learning_curve.json" \
 	"overhead.py --out results/overhead.json" "merging.py --out results/merging.json" \
-	"scale.py --out results/scale.json" "split_table.py --out results/split_table.json" \
+	"scale.py --out results/scale.json" "detection_delay.py --out results/detection_delay.json" \
+	"split_table.py --out results/split_table.json" \
 	"methods.py cifar10 --time-budget 650 --latency-budget 3 --workdir work --out results/methods_cifar10.json" \
 	"methods.py resnet56_cifar10 --time-budget 280 --latency-budget 2 --workdir work --out results/methods_resnet56_cifar10.json" \
 	"ablations.py cifar10 --time-budget 650 --workdir work --out results/ablations.json" \

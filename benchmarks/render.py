@@ -13,6 +13,7 @@ import ablations
 import breaches
 import common
 import comparison
+import detection_delay
 import merging
 import optimized
 import overhead
@@ -43,7 +44,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("ablations", "ablations_records", "breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "merging", "scale", "split_table"),
+    *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay"),
 )
 
 
@@ -128,6 +129,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "merging": lambda document: merging.table(document["rows"]),
     "scale": lambda document: scale.table(document["rows"]),
     "split": families,
+    "detection": lambda document: detection_delay.table(document["rows"]),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -472,6 +473,41 @@ def test_weights_that_became_nan_are_a_miss(cnn: SplitModel, three: list[Learned
     prediction = cached.predict(images(7))
     assert prediction.left_at_B.tolist() == [3] * 7
     close(prediction.output, plain(cached, images(7)))
+
+
+# --- restricted -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_restricted_cache_refuses_goes_to_the_backbone(
+    cnn: SplitModel, three: list[LearnedCache], seed: int, *, compaction: bool
+) -> None:
+    x = images(40, seed)
+    thresholds = thresholds_at(cnn, three, [0.4, 0.5, 0.6])
+    plan = cached_model(cnn, three, thresholds, compaction=compaction)
+    before = plan.predict(x)
+    draw = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+    limits = [math.inf if u > 0.7 else t + (1 - t) * u for t, u in zip(thresholds, draw, strict=True)]
+    after = plan.restricted(limits).predict(x)
+    least_B = torch.tensor([*limits, 0.0])[before.left_at_B]
+    kept = before.confidence_B >= least_B
+    assert 0 < int(kept.sum()) < len(x)
+    assert torch.equal(after.left_at_B, torch.where(kept, before.left_at_B, 3))
+    close(after.output[kept], before.output[kept])
+    close(after.output[~kept], plain(plan, x)[~kept])
+    close(plan.predict(x).output, before.output)
+
+
+def test_nothing_is_looked_up_behind_the_last_cache_that_may_answer(cnn: SplitModel) -> None:
+    caches = [FixedCache(cnn.points[at], 5, say_class(at), constant(0.6)) for at in range(3)]
+    cached = cached_model(cnn, caches, [0.5, 0.7, 0.5])
+    assert cached.restricted([math.inf, 0.7, math.inf]).predict(images(4)).left_at_B.tolist() == [3] * 4
+    assert [cache.calls for cache in caches] == [[4], [4], []]
+    nothing = cached.restricted([math.inf] * 3)
+    assert nothing.bypasses(1)
+    assert torch.equal(nothing(images(4)), plain(cached, images(4)))
+    assert [cache.calls for cache in caches] == [[4], [4], []]
 
 
 # --- caches that read -----------------------------------------------------------------------------

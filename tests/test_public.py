@@ -12,8 +12,11 @@ import pytest
 
 import offramp
 
-FUNCTIONS = {"evaluate", "fit", "load", "optimize", "profile", "save", "split"}
-VALUES = {"CachedModel", "Certificate", "Evaluation", "Merging", "Plan", "Prediction", "Profile", "ResultCache"}
+FUNCTIONS = {"evaluate", "fit", "load", "online", "optimize", "profile", "save", "split"}
+VALUES = {
+    *("CachedModel", "Certificate", "Evaluation", "Merging", "OnlineModel", "Plan", "Prediction", "Profile"),
+    "ResultCache",
+}
 ERRORS = {
     "ArtifactError",
     "BackendError",

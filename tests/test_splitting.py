@@ -242,6 +242,18 @@ def test_arguments_may_be_passed_by_name_or_position() -> None:
     assert torch.equal(model.run(other_order), model.run(as_batch(raw)))
 
 
+def test_a_batch_is_brought_into_the_form_of_the_example() -> None:
+    fresh = sentences(3)
+    for raw in (sentences(), tuple(sentences().values())):
+        model = split(randomised(models.MaskedEncoder()), raw)
+        for batch in (Batch(tuple(fresh.values())), Batch((), dict(reversed(fresh.items())))):
+            formed = model.like_example(batch)
+            assert (len(formed.args), list(formed.kwargs)) == (len(model.example.args), list(model.example.kwargs))
+            assert all(map(torch.equal, formed.tensors, fresh.values()))
+        with pytest.raises(InputError, match="expected"):
+            model.like_example(Batch((fresh["input_ids"].float(), fresh["attention_mask"])))
+
+
 @dataclasses.dataclass
 class Opaque:
     value: Tensor

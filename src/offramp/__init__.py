@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from offramp.merging import Merging as Merging
     from offramp.model import CachedModel as CachedModel
     from offramp.model import Prediction as Prediction
+    from offramp.online_model import OnlineModel as OnlineModel
+    from offramp.online_model import online as online
     from offramp.optimizing import optimize as optimize
     from offramp.profiling import Profile as Profile
     from offramp.profiling import profile as profile
@@ -55,10 +57,12 @@ _HOME = {
     "evaluate": "evaluation",
     "optimize": "optimizing",
     "profile": "profiling",
+    "online": "online_model",
     "save": "artifact",
     "load": "artifact",
     "Merging": "merging",
     "CachedModel": "model",
+    "OnlineModel": "online_model",
     "Prediction": "model",
     "ResultCache": "caches.result",
     "Plan": "types",

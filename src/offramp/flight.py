@@ -36,10 +36,11 @@ class Flight:
         self.said: dict[str, Tensor] = {}  # (L, C) logits of earlier caches that later ones read
         self.answered: list[Answered] = []
 
-    def hits(self, confidence_L: Sequence[float], threshold: float) -> list[int]:
-        """The rows that a cache answers which is so sure of them."""
-        hits = [row for row in self.open if confidence_L[row] >= threshold]
-        # NaN compares false twice: a miss, and later caches do not answer this row either.
+    def hits(self, confidence_L: Sequence[float], threshold: float, answers_from: float) -> list[int]:
+        """The rows that a cache answers which is so sure of them. answers_from: at least the threshold of the plan."""
+        hits = [row for row in self.open if confidence_L[row] >= answers_from]
+        # NaN compares false twice: a miss, and later caches do not answer this row either. Nor do they answer what a
+        # restricted cache refuses: in the plan that row never reached them.
         self.open = [row for row in self.open if confidence_L[row] < threshold]
         return hits
 

@@ -7,8 +7,10 @@ miss: the failing cache and all later ones are switched off, which can only remo
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,6 +84,7 @@ class CachedModel(nn.Module):
         self._number, self.result_cache = next(_numbers), None
         self._lookups = _lookups(split, caches, plan)
         self._live_lookups = len(plan.caches)  # lookups from this one on are switched off
+        self._answers_from = tuple(planned.threshold for planned in plan.caches)
         self._compaction = compaction_rule(costs)
         self._classes, self._dtype = self._output_form()
 
@@ -149,7 +152,7 @@ class CachedModel(nn.Module):
             if said is None:
                 return
             logits_LC, confidence_L = said
-            hits = flight.hits(confidence_L, self.plan.caches[slot].threshold)
+            hits = flight.hits(confidence_L, self.plan.caches[slot].threshold, self._answers_from[slot])
             if hits:
                 flight.answer(hits, logits_LC.to(self._dtype), slot, confidence_L)
                 if self._compaction[position].pays(len(flight.rows), len(flight.waiting)):
@@ -197,6 +200,28 @@ class CachedModel(nn.Module):
         left_at_H = torch.full((len(recalled.logits_HC),), len(self.plan.caches) + 1, device=like.device)
         known = (recalled.logits_HC, left_at_H, recalled.confidence_H)
         return _Routed(*(torch.cat(parts)[recalled.source_B] for parts in zip(known, routed, strict=True)))
+
+    def restricted(self, answers_from: Sequence[float]) -> CachedModel:
+        """The same model and plan, where cache k answers only from confidence `answers_from[k]` on; infinity: never.
+
+        A request that the plan would have answered at a cache that now refuses it gets the backbone's answer, so what
+        caches answer is a subset of what they answer under the plan, each with the same answer: so are the
+        disagreements. Caches behind the last that may still answer are not looked up. Parts are shared, not copied.
+        InputError for a value below the plan's threshold, or NaN.
+        """
+        thresholds = [planned.threshold for planned in self.plan.caches]
+        if len(answers_from) != len(thresholds) or not all(
+            least >= threshold for least, threshold in zip(answers_from, thresholds, strict=True)
+        ):
+            raise InputError(
+                f"answers_from is {list(answers_from)}; expected a number for each of the thresholds {thresholds} of "
+                "the plan, none below its threshold: caches may be restricted, never loosened"
+            )
+        model = copy.copy(self)
+        model._answers_from = tuple(answers_from)
+        finite = [slot for slot, least in enumerate(answers_from) if least < math.inf]
+        model._live_lookups = min(self._live_lookups, 1 + max(finite, default=-1))
+        return model
 
     def bypasses(self, batch_size: int) -> bool:
         """Whether a batch of this size runs the backbone alone: no caches, or measured not to pay."""

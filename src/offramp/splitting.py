@@ -97,6 +97,16 @@ class SplitModel:
 
     def flatten(self, batch: Batch) -> tuple[Tensor, ...]:
         """The live values at point 0. Raises InputError when the batch does not fit the example."""
+        tensors = self._checked(batch)
+        return tuple(tensors[number] for number in self._inputs)
+
+    def like_example(self, batch: Batch) -> Batch:
+        """The same inputs, passed by position and by name as the example's are. InputError as in `flatten`."""
+        tensors, positional = self._checked(batch), len(self.example.args)
+        return Batch(tensors[:positional], dict(zip(self.example.kwargs, tensors[positional:], strict=True)))
+
+    def _checked(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tensors of the batch in the order of the example's."""
         if (len(batch.args), *batch.kwargs) == self._call:
             tensors = batch.tensors
         else:
@@ -111,7 +121,7 @@ class SplitModel:
         for received, (shape, dtype) in zip(tensors, self._rows, strict=True):
             if received.shape[1:] != shape or received.dtype != dtype or received.device != self.device:
                 raise self._misfit(tensors)
-        return tuple(tensors[number] for number in self._inputs)
+        return tensors
 
     def _misfit(self, tensors: Sequence[Tensor]) -> InputError:
         """What is wrong with the first of these arguments that does not fit the example."""
