@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,14 @@ def test_records_alone_are_enough_for_ideas_about_choosing(ablations: Any, tmp_p
     records, costs = traffic(900)
     file = tmp_path / "resnet" / "records" / "offramp.npz"
     file.parent.mkdir(parents=True)
-    said: dict[str, Any] = {
-        "confidence": records.confidence_NK,
-        "agreement": records.agreement_NK,
-        "reads": np.array(records.reads_K),
-    }
-    np.savez(file, **said, before=costs.before_K, cache=costs.cache_K)
+    np.savez(
+        file,
+        confidence=records.confidence_NK,
+        agreement=records.agreement_NK,
+        reads=np.array(records.reads_K),
+        before=costs.before_K,
+        cache=costs.cache_K,
+    )
     rows = ablations.run_on_records(argparse.Namespace(**vars(OPTIONS), on=[file]))
     assert [row["idea"] for row in rows] == [
         ablations.AS_IT_IS,
@@ -86,3 +89,24 @@ def test_records_alone_are_enough_for_ideas_about_choosing(ablations: Any, tmp_p
     assert {row["on"] for row in rows} == {"resnet"}
     assert rows[0]["difference_se"] == 0
     assert 0 < rows[0]["cost_mean"] < 1
+
+
+def test_ideas_about_choosing_share_the_caches(ablations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, decided = list[str](), list[str | None]()
+    one = SimpleNamespace(trained=[1], seconds={"learn": 2.0}, candidates=SimpleNamespace(decide_by=decided.append))
+
+    def learn(idea: Any, bench: object) -> object:
+        learned.append(idea.name)
+        return one
+
+    monkeypatch.setattr(ablations, "learned", learn)
+    monkeypatch.setattr(ablations, "said", lambda one: traffic(600))
+    options = argparse.Namespace(**vars(OPTIONS) | {"ideas": ["no student", "confidence: margin"]})
+    rows = ablations.run(SimpleNamespace(setup=SimpleNamespace(title="here")), options)
+    assert learned == [ablations.AS_IT_IS, "no student"]
+    assert decided == [None, None, "margin"]
+    assert [(row["idea"], row["learn_s"]) for row in rows] == [
+        (ablations.AS_IT_IS, 2.0),
+        ("no student", 2.0),
+        ("confidence: margin", 2.0),
+    ]
