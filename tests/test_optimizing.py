@@ -257,6 +257,27 @@ def test_an_optimized_model_can_be_copied_and_optimized_anew(fake: Fake) -> None
     assert run(optimized).certificate.data_fingerprint == optimized.certificate.data_fingerprint
 
 
+def test_of_a_long_stream_a_fair_draw_is_kept(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which rows are kept depends on them alone: not on their order, their batches, or how often they come."""
+    monkeypatch.setattr(optimizing, "MOST_ROWS", 40)
+    split_model = make().split_model
+    batches = stream(4000)
+    drawn = optimizing._drawn(batches, split_model, seed=0).args[0]
+    again = optimizing._drawn([*reversed(batches), *torch.cat(batches).split(7)], split_model, seed=0).args[0]
+    assert torch.equal(drawn, again)
+    assert len(drawn) == len({tuple(row) for row in drawn.tolist()}) == 40
+    place = {tuple(row): number for number, row in enumerate(torch.cat(batches).tolist())}
+    places = [place[tuple(row)] for row in drawn.tolist()]
+    assert min(places) < 800, "from the beginning"
+    assert max(places) > 3200, "and from the end"
+    assert not torch.equal(drawn, optimizing._drawn(batches, split_model, seed=1).args[0])
+
+
+def test_the_draw_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizing, "MOST_BYTES", 6 * 4 * 25)  # of 25 rows of six numbers
+    assert len(optimizing._drawn(stream(500), make().split_model, seed=0)) == 25
+
+
 # -- saved and loaded ------------------------------------------------------------------------------
 
 
