@@ -374,18 +374,26 @@ def test_a_call_is_answered_from_one_rung_as_a_whole(monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(model, "_enter", noted)
         x = traffic(40, 1, wrong_a=0.2, wrong_b=0.2)
-        over = threading.Event()
+        over, answered = threading.Event(), threading.Semaphore(0)
 
         def call() -> list[tuple[int, ...]]:
             left = []
             while not over.is_set():
                 left.append(tuple(model.predict(x).left_at_B.tolist()))
+                answered.release()
             return left
+
+        def wait_for_a_call_that_begins_now() -> None:
+            while answered.acquire(blocking=False):
+                pass
+            for _ in range(17):  # one more than can be under way
+                assert answered.acquire(timeout=60)
 
         with ThreadPoolExecutor(16) as pool:
             callers = [pool.submit(call) for _ in range(16)]
             for taken in range(1, 16):
                 (model.restore if taken % 3 == 0 else model.step_back)()
+                wait_for_a_call_that_begins_now()
             over.set()
             calls = [left for caller in callers for left in caller.result(60)]
         assert len(set(calls)) > 1
