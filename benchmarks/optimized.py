@@ -25,7 +25,7 @@ import torch
 import offramp
 from offramp.evaluation import evaluate
 from offramp.model import CachedModel
-from offramp.optimizing import PRECISIONS, TRIED, optimize
+from offramp.optimizing import PRECISIONS, optimize
 from offramp.streams import Batch, concatenated, read_stream
 
 TOLERANCE, SIZES = 0.01, (1, 8, 32)
@@ -36,7 +36,7 @@ LEAST_TURNS = 30
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="(default: all)")
-    parser.add_argument("--backends", nargs="+", default=list(TRIED), help=f"(default: {' '.join(TRIED)})")
+    parser.add_argument("--backends", nargs="+", help="(default: all that are here)")
     parser.add_argument("--time-budget", type=float, default=1000, help="seconds for the fit (default 1000)")
     parser.add_argument("--latency-budget", type=float, default=20, help="seconds per batch size (default 20)")
     parser.add_argument("--fitted", type=Path, help="keep the fitted model in this folder, and take it from there")

@@ -210,13 +210,18 @@ class Race:
         self, backends: Sequence[Backend], precisions: Sequence[str], task: Classification, tolerance: float
     ) -> None:
         self.task, self.tolerance = task, tolerance
+        self.left_out: list[str] = []
         self.kinds = [
             (backend, precision)
-            for backend, precision in itertools.product(backends, precisions)
+            for backend, precision in itertools.product(filter(self._is_here, backends), precisions)
             if precision in backend.precisions and (backend.name, precision) != (EAGER, FLOAT32)
         ]
-        self.left_out: list[str] = []
         self._parts: dict[str, PlacedPart] = {}
+
+    def _is_here(self, backend: Backend) -> bool:
+        if problem := backend.missing():
+            self._leave_out(f"{backend.name} cannot be used here: {problem}")
+        return problem is None
 
     def part(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> PlacedPart:
         if name not in self._parts:
