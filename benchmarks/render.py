@@ -38,6 +38,7 @@ SECTIONS = (
     *(
         "cifar10",
         "optimized_cifar10",
+        "optimized_cifar10_no_compiler",
         "methods_cifar10",
         "methods_resnet56_cifar10",
         "methods_sst2",
