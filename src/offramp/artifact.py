@@ -17,7 +17,6 @@ was there before is kept until then, and put back when the renaming fails.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -166,9 +165,7 @@ def _optimized(model: OptimizedModel) -> tuple[dict[str, Tensor], dict[str, Any]
     said = answers(model, sample)
     tensors = _apart(_inputs("sample", sample) | {"sample.answer": said.answer, "sample.left_at": said.left_at})
     return tensors, {
-        "choices": [dataclasses.asdict(choice) for choice in origin.choices],
         "caches": list(origin.caches),
-        "hardware": origin.hardware,
         "plan": model.plan.to_json(),
         "certificate": model.certificate.to_json(),
         "costs": cost_to_json(model.costs),
@@ -401,10 +398,12 @@ def _optimized_again(
 ) -> CachedModel:
     """The optimized model on parts that are built here, or the base where that does not give the same model."""
     sample = _batch("sample", tensors).to(base.split_model.device)
-    choices = tuple(Choice(**choice) for choice in saved["choices"])
-    origin = Origin(base, sample, choices, tuple(saved["caches"]), saved["hardware"])
-    if (here := hardware()) != saved["hardware"]:
-        changed = ", ".join(f"{name} {saved['hardware'].get(name)} -> {value}" for name, value in _changes(saved, here))
+    summary = saved["summary"]
+    choices, there = tuple(Choice(**part) for part in summary["parts"]), summary["hardware"]
+    origin = Origin(base, sample, choices, tuple(saved["caches"]), there)
+    if (here := hardware()) != there:
+        names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+        changed = ", ".join(f"{name} {there.get(name)} -> {here.get(name)}" for name in names)
         log.warning(
             "the model in %s was optimized elsewhere (%s): its parts are built again, its certificate is from there. "
             "optimize() it again to certify it here.",
@@ -418,13 +417,8 @@ def _optimized_again(
     except BackendError as error:
         log.warning("the model in %s runs as it was before it was optimized: %s", folder, error)
         return base
-    model.summary["optimized"] = saved["summary"]
+    model.summary["optimized"] = summary
     return model
-
-
-def _changes(saved: Mapping[str, Any], here: Mapping[str, str]) -> list[tuple[str, str | None]]:
-    names = sorted({*saved["hardware"], *here})
-    return [(name, here.get(name)) for name in names if here.get(name) != saved["hardware"].get(name)]
 
 
 def _split_again(

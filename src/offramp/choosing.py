@@ -169,14 +169,8 @@ def _assemble(
     candidates: Candidates, trained: list[Trained], plan: Plan, certificate: Certificate, costs: CostTable
 ) -> CachedModel:
     names = [planned.name for planned in plan.caches]
-    kept = [k for k, candidate in enumerate(trained) if candidate.cache.name in names]
-    costs = dataclasses.replace(
-        costs,
-        caches=tuple(costs.caches[k] for k in kept),
-        cache_points=tuple(costs.cache_points[k] for k in kept),
-    )
-    caches = [trained[k].cache for k in kept]
-    return CachedModel(candidates.split, caches, plan, certificate, costs, task=candidates.task, summary={})
+    caches = [candidate.cache for candidate in trained if candidate.cache.name in names]
+    return CachedModel(candidates.split, caches, plan, certificate, costs.of(names), task=candidates.task, summary={})
 
 
 def _latency(cached: CachedModel, learned: Learned) -> tuple[LatencyRatio, ...]:

@@ -192,7 +192,7 @@ def measure_caches(
         for size in sizes:
             _tell(progress, f"measuring {len(chosen)} caches at batch size {size}")
             measured = _alternate(_cache_round(split, lookups, size), budget_s=budget_s / len(sizes))
-            drift = sum(timing.median_ms for timing in measured[len(chosen) :]) / _stages_ms(table, size)
+            drift = sum(timing.median_ms for timing in measured[len(chosen) :]) / table.stages_ms(size)
             times[size] = [_scaled(timing, 1 / drift) for timing in measured[: len(chosen)]]
     parts = tuple(
         _part(str(cache.name), cache, flops[index], {size: times[size][index] for size in sizes})
@@ -242,7 +242,7 @@ def compaction_rule(table: CostTable) -> tuple[CompactionRule, ...]:
     sizes = sorted(table.backbone.time_ms)
     rules = []
     for position, routing in enumerate(table.routing):
-        later_ms = [sum(stage.time_ms[size].median_ms for stage in table.stages[position:]) for size in sizes]
+        later_ms = [table.stages_ms(size, position) for size in sizes]
         saving_row_ms = _line(sizes, later_ms)[1]
         rules.append(CompactionRule(saving_row_ms, routing.compaction_ms, routing.compaction_row_ms))
     return tuple(rules)
@@ -502,10 +502,6 @@ def _time_shares(table: CostTable, size: int) -> tuple[FloatArray, FloatArray]:
     cache_ms = [cache.time_ms[size].median_ms for cache in table.caches]
     before_K = np.array([stage_ms[:position].sum() for position in table.cache_points])
     return before_K / stage_ms.sum(), (np.array(cache_ms) + np.array(lookup_ms)) / stage_ms.sum()
-
-
-def _stages_ms(table: CostTable, size: int) -> float:
-    return sum(stage.time_ms[size].median_ms for stage in table.stages)
 
 
 def _scaled(timing: Timing, factor: float) -> Timing:

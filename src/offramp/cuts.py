@@ -64,14 +64,7 @@ def _cuts(points: Iterable[int], upto: int) -> set[int]:
 
 def _stages_share(costs: CostTable) -> float:
     """Time of all stages in a row over that of the full model as one part, the mean over batch sizes."""
-    return float(
-        np.mean(
-            [
-                sum(stage.time_ms[size].median_ms for stage in costs.stages) / full.median_ms
-                for size, full in costs.backbone.time_ms.items()
-            ]
-        )
-    )
+    return float(np.mean([costs.stages_ms(size) / full.median_ms for size, full in costs.backbone.time_ms.items()]))
 
 
 def _cut_share(costs: CostTable) -> float:

@@ -159,5 +159,5 @@ class Merging:
 def saved_ms(table: CostTable, position: int, rows: int) -> float:
     """What these rows take alone from a split point to the end, above their part of the largest batch measured."""
     sizes = sorted(table.backbone.time_ms)
-    times_ms = [sum(stage.time_ms[size].median_ms for stage in table.stages[position:]) for size in sizes]
+    times_ms = [table.stages_ms(size, position) for size in sizes]
     return float(np.interp(rows, sizes, times_ms) - rows * times_ms[-1] / sizes[-1])

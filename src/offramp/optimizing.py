@@ -82,9 +82,10 @@ def optimize(
         if setting.plan.caches:
             latency = compare_latency(_assembled(base, setting, rows.sample), rows.sample, BATCH_SIZES, LATENCY_S)
             plan = never_slower(setting.plan, latency)
-            setting = dataclasses.replace(setting, plan=plan)
-            if not plan.caches:
-                setting = job.without_caches(setting, full_certificate)
+            if plan.caches:
+                setting = dataclasses.replace(setting, plan=plan)
+            else:
+                setting = job.without_caches(setting.layout, plan, full_certificate)
         model = _assembled(base, setting, rows.sample)
     _summarize(model, precision, race, latency)
     return model
@@ -323,21 +324,24 @@ class _Job:
             why = (
                 "the full model itself could not be certified in lower precision, so it runs in float32, without caches"
             )
-            setting = _Setting(layout, tuned.costs, Plan(reason=f"{why}. {verdict.advice}"), recounted)
-            return self.without_caches(setting, recounted, in_float32=True), recounted
+            plan = Plan(reason=f"{why}. {verdict.advice}")
+            return self.without_caches(layout, plan, recounted, in_float32=True), recounted
 
         def certificate(tested: int) -> Certificate:
             worst = max(errors[len(said) * tested : len(said) * (tested + 1)])
             return dataclasses.replace(recounted, errors=worst, bound=upper_bound(worst, n, level))
 
         plan = _plan(base, layout, tuned.path[last], verdict.advice)
-        setting = _Setting(layout, tuned.costs, plan, certificate(last))
-        return setting if plan.caches else self.without_caches(setting, certificate(0)), certificate(0)
+        if not plan.caches:
+            return self.without_caches(layout, plan, certificate(0)), certificate(0)
+        return _Setting(layout, tuned.costs, plan, certificate(last)), certificate(0)
 
-    def without_caches(self, setting: _Setting, certificate: Certificate, *, in_float32: bool = False) -> _Setting:
+    def without_caches(
+        self, layout: Layout, plan: Plan, certificate: Certificate, *, in_float32: bool = False
+    ) -> _Setting:
         """The full model alone, where the plan has turned out to be empty."""
-        layout = setting.layout.without_caches(in_float32=in_float32)
-        return _Setting(layout, _costs(self.base, layout), setting.plan, certificate)
+        layout = layout.without_caches(in_float32=in_float32)
+        return _Setting(layout, _costs(self.base, layout), plan, certificate)
 
 
 def _plan(cached: CachedModel, layout: Layout, candidate: Candidate, advice: str) -> Plan:
@@ -381,12 +385,7 @@ def _with_sizes(now: PartCost, then: Sequence[PartCost]) -> PartCost:
 
 
 def _assembled(base: CachedModel, setting: _Setting, sample: Batch) -> OptimizedModel:
-    layout, names = setting.layout, {planned.name for planned in setting.plan.caches}
+    layout, plan = setting.layout, setting.plan
     origin = Origin(base, sample, layout.choices, tuple(cache.name for cache in layout.caches), hardware())
-    kept = [k for k, cache in enumerate(layout.caches) if cache.name in names]
-    costs = dataclasses.replace(
-        setting.costs,
-        caches=tuple(setting.costs.caches[k] for k in kept),
-        cache_points=tuple(setting.costs.cache_points[k] for k in kept),
-    )
-    return model_of(origin, layout, setting.plan, setting.certificate, costs)
+    costs = setting.costs.of([planned.name for planned in plan.caches])
+    return model_of(origin, layout, plan, setting.certificate, costs)

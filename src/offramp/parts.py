@@ -147,6 +147,11 @@ class Layout:
         return Layout(self.split.merged(()).running_on([full.module], full.module), (), {FULL: full})
 
 
+def exceeds(share: float, rows: int, tolerance: float) -> bool:
+    """Whether this share of so many rows of a sample is more than the tolerance, and more than a few by chance."""
+    return share > max(tolerance, SAMPLE_SLACK / rows)
+
+
 def lay_out(cached: CachedModel, names: Sequence[str], builder: Builder, sample: Batch, *, show: bool) -> Layout:
     """The model with these of its caches, cut where they sit; `sample` flows through it as each part is built."""
     kept = [cast(Cache, cache) for cache in cached.caches if cache.name in names]
@@ -258,7 +263,7 @@ class Race:
         answers = (self.task.answer(self.task.logits(one)) for one in (built.many(*expected.inputs), expected.output))
         agree_B = self.task.agree(*answers)
         differs = 1 - float(agree_B.double().mean())
-        if differs <= max(self.tolerance, SAMPLE_SLACK / len(agree_B)):
+        if not exceeds(differs, len(agree_B), self.tolerance):
             return None
         return (
             f"{built.backend} in {built.precision}: the full model answers {100 * differs:.1f} % of {len(agree_B)} "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offramp.errors import BackendError
 from offramp.model import CachedModel
-from offramp.parts import SAMPLE_SLACK, Choice, Layout, Recipe, lay_out
+from offramp.parts import Choice, Layout, Recipe, exceeds, lay_out
 from offramp.streams import Batch
 from offramp.types import Certificate, CostTable, Plan
 
@@ -63,7 +63,7 @@ def rebuild(
         layout = lay_out(origin.base, origin.caches, Recipe(origin.choices), origin.sample, show=progress)
         model = model_of(origin, layout, plan, certificate, costs)
         differ = answers(model, origin.sample).differ(expected)
-    if differ > max(certificate.tolerance, SAMPLE_SLACK / len(origin.sample)):
+    if exceeds(differ, len(origin.sample), certificate.tolerance):
         raise BackendError(
             f"the optimized model, built again, answers {100 * differ:.1f} % of {len(origin.sample)} inputs otherwise "
             f"than when it was saved, more than the tolerance of {100 * certificate.tolerance:g} %"

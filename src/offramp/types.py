@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -109,6 +109,19 @@ class CostTable:
     routing: tuple[RoutingCost, ...]
     caches: tuple[PartCost, ...] = ()
     cache_points: tuple[int, ...] = ()  # position of the split point that each cache reads
+
+    def of(self, names: Collection[str]) -> CostTable:
+        """The same with these of its caches only."""
+        kept = [k for k, cache in enumerate(self.caches) if cache.name in names]
+        return dataclasses.replace(
+            self,
+            caches=tuple(self.caches[k] for k in kept),
+            cache_points=tuple(self.cache_points[k] for k in kept),
+        )
+
+    def stages_ms(self, size: int, start: int = 0) -> float:
+        """Median time of a batch of `size` rows in all stages from this one on, in milliseconds."""
+        return sum(stage.time_ms[size].median_ms for stage in self.stages[start:])
 
 
 @dataclass(frozen=True)

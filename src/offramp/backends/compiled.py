@@ -42,20 +42,19 @@ class Compiled(Backend):
     precisions = ("float32", "bfloat16")
 
     def missing(self) -> str | None:
-        return _without_compiler()
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler):
+            return None
+        return f"no C++ compiler found ({compiler}); install one, or name it in the environment variable CXX"
 
     def program(self, job: Job) -> Program:
         return _program(job, _compiled, tensor_bytes(job.module))
 
 
-class AotInductor(Backend):
+class AotInductor(Compiled):
     """TorchInductor ahead of time: the part is a shared library, and its call hardly touches Python."""
 
     name = "aotinductor"
-    precisions = ("float32", "bfloat16")
-
-    def missing(self) -> str | None:
-        return _without_compiler()
 
     def program(self, job: Job) -> Program:
         return _program(job, _library, 0)
@@ -115,10 +114,3 @@ def _precision(job: Job) -> contextlib.AbstractContextManager[object]:
     if job.precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(job.form.device.type, torch.bfloat16, cache_enabled=False)
-
-
-def _without_compiler() -> str | None:
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler):
-        return None
-    return f"no C++ compiler found ({compiler}); install one, or name it in the environment variable CXX"
