@@ -37,7 +37,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.caches import LearnedCache
 from offramp.errors import InputError
-from offramp.model import BACKBONE, CachedModel, Prediction
+from offramp.model import BACKBONE, BROKEN_AFTER, CachedModel, Prediction
 from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
 from offramp.tasks import Classification
