@@ -31,10 +31,11 @@ from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
 
 CLASSES = 3
+QUICK: dict[str, Any] = {"distance": 0.1, "margin": 0.0, "agreements": 1, "max_gap": 16}
 
 
 def answering(**settings: Any) -> RecentCache:
-    cache = RecentCache(**({"distance": 0.1, "margin": 0.0} | settings))
+    cache = RecentCache(**(QUICK | settings))
     cache.answering = True
     return cache
 
@@ -331,6 +332,34 @@ def test_rows_of_a_batch_learn_from_each_other() -> None:
     assert serve(x, *[0] * 6).count(0) > 0
 
 
+def test_equal_rows_of_a_batch_draw_one_after_the_other() -> None:
+    answered = []
+    for seed in range(20):
+        cache = answering(seed=seed, max_gap=8)
+        serve = Served(cache)
+        serve(scene(1), 0)
+        (entry,) = next(iter(cache._streams.values())).entries
+        entry.gap = 8.0
+        first = next(hits for hits in range(1000) if recent._chance(seed, entry.serial, hits) * 8 < 1)
+        given = serve(scene(1).repeat(30, 1), *[0] * 30)
+        assert given == [0] * first + [None] * (30 - first) if first < 30 else [0] * 30
+        answered.append(first)
+    assert len(set(answered)) > 5
+
+
+def test_what_is_forgotten_between_look_up_and_decision_does_not_answer() -> None:
+    cache = answering()
+    known(cache, "camera")
+    with cache.stream("camera"):
+        stream = recent._stream_id("camera", (scene(1),), "model", torch.empty(0, CLASSES))
+        seen = [row for _ in range(20) for row in cache._look_up(stream, (scene(1),))]
+    assert any(row.answers for row in cache._decided(seen))
+    cache.clear()
+    assert not any(row.answers for row in cache._decided(seen))
+    cache._learn(stream, seen[0], recent._Said(b"", 0.5, 1, True))
+    assert (len(cache), cache.totals().audit_failures) == (1, 0)
+
+
 def test_an_entry_that_is_due_is_due_for_all_rows_until_it_is_judged() -> None:
     cache = answering(seed=1)
     serve = Served(cache)
@@ -360,7 +389,7 @@ def requests(seed: int, count: int) -> Iterator[tuple[Tensor, list[int]]]:
 
 
 def test_silent_it_goes_the_same_way_and_counts_what_it_would_have_said() -> None:
-    loud, silent = answering(seed=3), RecentCache(distance=0.1, margin=0.0, seed=3)
+    loud, silent = answering(seed=3), RecentCache(**QUICK, seed=3)
     assert not silent.answering
     hits = wrong = 0
     for x, truth in requests(0, 400):
