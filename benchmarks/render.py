@@ -17,6 +17,7 @@ import detection_delay
 import merging
 import optimized
 import overhead
+import recent
 import replication
 import scale
 
@@ -46,7 +47,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("ablations", "ablations_records", "breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay"),
+    *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay", "recent"),
 )
 
 
@@ -132,6 +133,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": lambda document: scale.table(document["rows"]),
     "split": families,
     "detection": lambda document: detection_delay.table(document["rows"]),
+    "recent": lambda document: recent.table(document["rows"]),
 }
 
 
