@@ -251,7 +251,7 @@ def test_a_replay_is_that_of_a_slow_oracle(agreements: int, max_gap: float) -> N
     rng = random.Random(0)
     truth = [rng.randrange(CLASSES) for _ in range(8)]
     given = set()
-    for _ in range(1500):
+    for _ in range(1000):
         number = min(int(rng.expovariate(0.4)), 7)
         if rng.random() < 0.03:
             truth[number] = rng.randrange(CLASSES)
@@ -282,8 +282,8 @@ def test_the_gap_is_bounded() -> None:
     serve = Served(cache)
     for _ in range(10):
         serve(scene(1), 0)
-    given = [serve(scene(1), 0)[0] for _ in range(4000)]
-    assert given.count(None) / 4000 == pytest.approx(1 / 4, abs=0.03)
+    given = [serve(scene(1), 0)[0] for _ in range(1500)]
+    assert given.count(None) / 1500 == pytest.approx(1 / 4, abs=0.04)
     never = answering(max_gap=1)
     assert {Served(never)(scene(1), 0)[0] for _ in range(50)} == {None}
 
@@ -299,16 +299,16 @@ def test_an_unsure_answer_is_not_given_however_often_it_agrees() -> None:
 def test_errors_are_estimated_without_bias() -> None:
     """Over many draws of the audits, for answers that change on their own: what was wrong, and what the audits say."""
     wrong, estimated = [], []
-    for seed in range(60):
+    for seed in range(40):
         cache = answering(max_gap=8, seed=seed)
         serve, rng = Served(cache), random.Random(0)
         errors = 0
-        for _ in range(300):
+        for _ in range(150):
             truth = int(rng.random() < 0.15)
             errors += serve(scene(1), truth)[0] not in (None, truth)
         wrong.append(errors)
         estimated.append(cache.totals().estimated_disagreements)
-    error = np.std(np.subtract(estimated, wrong)) / math.sqrt(60)
+    error = np.std(np.subtract(estimated, wrong)) / math.sqrt(40)
     assert np.mean(wrong) > 5
     assert abs(np.mean(estimated) - np.mean(wrong)) < 3 * error
 
@@ -464,12 +464,11 @@ def test_streams_and_models_do_not_see_each_other() -> None:
 def test_the_innermost_stream_counts_and_holds_for_its_task_alone() -> None:
     cache = answering(max_gap=1e6)
     known(cache, "outer")
+    trust(cache)
 
     def asked() -> bool:
-        with cache._lock:
-            before = cache._count["hits"]
-        cache.recall((scene(1),), "model", torch.empty(0, CLASSES))
-        return cache._count["hits"] > before
+        recalled = cache.recall((scene(1),), "model", torch.empty(0, CLASSES))
+        return recalled is not None and len(recalled.logits_HC) == 1
 
     with RecentCache.stream("outer"):
         with pytest.raises(RuntimeError, match="inside"), cache.stream("inner"):
