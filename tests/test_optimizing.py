@@ -226,6 +226,18 @@ def test_a_precision_in_which_the_full_model_loses_too_much_is_left_out_of_every
     assert optimized.plan.caches
 
 
+def test_a_back_end_on_which_the_full_model_is_far_behind_is_not_tried_on_its_parts(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times_ms = 1.0, 2.0, 0.9  # eager, and the two of `fake`: float32 takes more than twice as long as int8
+    monkeypatch.setattr(parts, "race", lambda calls, **_: [Timing(ms, 0.0, 1.0) for ms in times_ms[-len(calls) :]])
+    optimized = run(make(), precision="int8")
+    (why,) = optimized.summary["optimized"]["left_out"]
+    assert why.startswith("fake in float32: the full model takes at least 2.2 times as long there")
+    assert [precision for precision, *_ in fake.calls].count("float32") == 1, "nothing else is built in it"
+    assert {part["precision"] for part in optimized.summary["optimized"]["parts"]} == {"int8"}
+
+
 def test_a_full_model_that_cannot_be_certified_runs_in_float32(fake: Fake) -> None:
     """Here because it is wrong for one row alone, which the sample does not show."""
     fake.faster_static = True  # type: ignore[misc]

@@ -66,9 +66,9 @@ def optimize(
     Tolerance and confidence level are those of `cached`. A model that is optimized already is optimized anew, from what
     it was made of.
 
-    A back end that is missing, fails or differs from eager in float32 is left out, and `summary["optimized"]` says so.
-    The result runs on this hardware and with as many threads as torch has now. `save` keeps how it was made, and `load`
-    makes it again.
+    A back end that is missing, fails, differs from eager in float32, or takes more than twice the fastest for the full
+    model, is left out, and `summary["optimized"]` says so. The result runs on this hardware and with as many threads as
+    torch has now. `save` keeps how it was made, and `load` makes it again.
 
     Raises InputError for arguments that do not fit, StreamError when the stream is too short.
     """

@@ -36,6 +36,9 @@ EAGER, FLOAT32 = "eager", "float32"
 SAMPLE_SLACK = 3.0  # inputs of the sample that may differ by chance
 RACE_S = 0.5  # for one part and number of rows
 COMPARED_ROWS = 4  # that are compared one by one
+# Times the fastest: where the full model takes longer, for one row and for many, its parts are not built. Building
+# takes most of the time of an optimization, and a runtime that is far behind on the whole has not won a stage of it.
+FAR_BEHIND = 2.0
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class Race:
     """Builds every part on every back end, and keeps the fastest. A part that was built is not built again.
 
     `left_out` says what was not taken, and why. A precision in which the full model alone differs from the backbone on
-    more of the sample than `tolerance` is left out of all parts.
+    more of the sample than `tolerance` is left out of all parts, and so is a back end on which it is far behind.
     """
 
     def __init__(
@@ -234,7 +237,21 @@ class Race:
             times = {rows: _timed(built, inputs, rows) for rows in (ONE, MANY)}
             exact = [other for other in built if other.precision == FLOAT32]
             self._parts[name] = dataclasses.replace(_won(name, built, times), in_float32=_won(name, exact, times))
+            if name == FULL:
+                self._leave_out_slow(times)
         return self._parts[name]
+
+    def _leave_out_slow(self, times: Mapping[int, Mapping[tuple[str, str], float]]) -> None:
+        """Without the kinds on which the full model takes far longer than on the fastest, for one row and for many."""
+        for backend, precision in list(self.kinds):
+            kind = backend.name, precision
+            behind = min(ms.get(kind, 0.0) / min(ms.values()) for ms in times.values())
+            if behind > FAR_BEHIND:
+                self.kinds.remove((backend, precision))
+                self._leave_out(
+                    f"{backend.name} in {precision}: the full model takes at least {behind:.1f} times as long there as "
+                    "on the fastest; not tried on its parts"
+                )
 
     def _built(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[_Built]:
         """The module itself, and all that can be built of it and is close enough to it."""
