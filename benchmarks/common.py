@@ -60,6 +60,14 @@ class Images:
     def rows(self, rows: slice) -> Images:
         return Images(self.images[rows], self.labels[rows], self.transform, self.size)
 
+    def __add__(self, more: Images) -> Images:
+        images, labels = (np.concatenate(pair) for pair in ((self.images, more.images), (self.labels, more.labels)))
+        return Images(images, labels, self.transform, self.size)
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
 
 class Tokens:
     """The same of sentences, padded to one length: dicts of input_ids and attention_mask, and labels."""
@@ -78,6 +86,14 @@ class Tokens:
 
     def rows(self, rows: slice) -> Tokens:
         return Tokens(self.ids[rows], self.mask[rows], self.labels[rows], self.size)
+
+    def __add__(self, more: Tokens) -> Tokens:
+        pairs = (self.ids, more.ids), (self.mask, more.mask), (self.labels, more.labels)
+        return Tokens(*(np.concatenate(pair) for pair in pairs), size=self.size)
+
+    @property
+    def count(self) -> int:
+        return len(self.ids)
 
 
 def sentences(table: Mapping[str, int], tokenizer: Any, *, length: int, seed: int) -> Tokens:
