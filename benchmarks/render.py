@@ -45,7 +45,16 @@ SECTIONS = (
         "methods_sst2",
         "methods_mobilenet_v2",
     ),
-    *("ablations", "ablations_records", "breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
+    *(
+        "ablations",
+        "ablations_records",
+        "ablations_p95",
+        "breaches",
+        "breaches_own",
+        "replication",
+        "mobilenet_v2",
+        "resnet56_cifar100",
+    ),
     *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay"),
 )
 
