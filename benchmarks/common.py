@@ -207,7 +207,7 @@ def document(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": COMMIT,
-        "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine()},
+        "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine(), **_gpu()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": " ".join(["python benchmarks/" + Path(STARTED_AS[0]).name, *_settings(STARTED_AS[1:])]),
         "rows": rows,
@@ -256,6 +256,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _gpu() -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _cpu() -> str:

@@ -75,8 +75,9 @@ def main() -> None:
 
 def section(name: str, document: dict[str, Any]) -> str:
     hardware, versions = document["hardware"], document["versions"]
+    gpu = f"{hardware['gpu']}, " if "gpu" in hardware else ""
     facts = (
-        f"`{document['command']}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
+        f"`{document['command']}` on {document['date']}, commit {document['commit']}; {gpu}{hardware['cpu']}, "
         f"{hardware['threads']} threads; torch {versions['torch']}, Python {versions['python']}."
         f" {document.get('note', '')}"
     ).rstrip()
