@@ -158,6 +158,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def back_ends(rows: list[dict[str, Any]]) -> str:
+    """What each back end makes of the full model."""
+    lines = [
+        "| lowest precision | full model on | batch 1 ms | batch 32 ms | largest difference | answers that differ |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {one['precision']} | {tried['backend']}, {tried['precision']} | {tried['one_ms']:.2f} "
+        f"| {tried['many_ms']:.2f} | {tried['difference']:.1e} | {100 * tried['disagreement']:.1f} % |"
+        for one in rows
+        for tried in one["full_model"]
+    ]
+    return "\n".join(lines)
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    older = "full_model" not in rows[0]
+    return "\n\n".join([table(rows), *([] if older else [back_ends(rows)]), parts_table(rows)])
+
+
 def parts_table(rows: list[dict[str, Any]]) -> str:
     """Which part runs where, and what was left out."""
     lines = [
@@ -189,7 +209,7 @@ def main() -> None:
         cached = fitted(backbone, parts, folder, options.time_budget)
         for precision in options.precisions:
             rows.append(row(cached, parts, precision, options))
-            print(table(rows) + "\n\n" + parts_table(rows[-1:]))
+            print(tables(rows))
             common.finish(common.document(f"{setup.title} on other back ends", rows), options.out)
 
 

@@ -136,7 +136,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations": lambda document: ablations.table(document["rows"]),
     "breaches": lambda document: breaches.table(document["rows"]),
     "replication": lambda document: replication.table(document["rows"]),
-    "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts_table(document['rows'])}",
+    "optimized": lambda document: optimized.tables(document["rows"]),
     "overhead": lambda document: overhead.table(document["rows"]),
     "merging": lambda document: merging.table(document["rows"]),
     "scale": lambda document: scale.table(document["rows"]),

@@ -154,6 +154,20 @@ def test_every_part_runs_on_the_fastest_back_end_and_answers_as_before(fake: Fak
     assert (cached.plan, cached.split_model.stages) == before, "the model that it was made of is as it was"
 
 
+def test_how_the_full_model_did_on_each_back_end_is_told(fake: Fake) -> None:
+    fake.wrong["int8"] = lambda x: somewhere(0.02)(x) & (x.shape[1] == 6)
+    eager, exact, low = run(make(), precision="int8").summary["optimized"]["full_model"]
+    assert [(one["backend"], one["precision"]) for one in (eager, exact, low)] == [
+        ("eager", "float32"),
+        ("fake", "float32"),
+        ("fake", "int8"),
+    ]
+    assert [one["one_ms"] for one in (eager, exact, low)] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert eager["difference"] == exact["difference"] == exact["disagreement"] == 0
+    assert 0 < low["disagreement"] <= TOLERANCE
+    assert low["difference"] > 0
+
+
 def test_the_certificate_counts_distinct_rows_that_calibrate_and_tune_nothing(fake: Fake) -> None:
     certificate = run(make()).certificate
     rest = ROWS - optimizing.CALIBRATION_ROWS

@@ -67,8 +67,8 @@ def optimize(
     it was made of.
 
     A back end that is missing, fails, differs from eager in float32, or takes more than twice the fastest for the full
-    model, is left out, and `summary["optimized"]` says so. The result runs on this hardware and with as many threads as
-    torch has now. `save` keeps how it was made, and `load` makes it again.
+    model, is left out. `summary["optimized"]` says so, and how the full model did on each. The result runs on this
+    hardware and with as many threads as torch has now. `save` keeps how it was made, and `load` makes it again.
 
     Raises InputError for arguments that do not fit, StreamError when the stream is too short.
     """
@@ -125,6 +125,7 @@ def _summarize(model: OptimizedModel, precision: str, race: Race, latency: Seque
         "precision": precision,
         "hardware": model.origin.hardware,
         "parts": [asdict(choice) for choice in model.origin.choices],
+        "full_model": [asdict(tried) for tried in race.full_model],
         "left_out": race.left_out,
         "latency": [
             {"batch_size": one.batch_size, "full_ms": one.full_mean_ms, "cached_ms": one.cached_mean_ms}

@@ -57,6 +57,19 @@ class Choice:
     difference: float
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What one back end made of the full model: milliseconds for one row and for many, the difference as in `Choice`,
+    and the share of the sample that it answers otherwise than the module."""
+
+    backend: str
+    precision: str
+    one_ms: float
+    many_ms: float
+    difference: float
+    disagreement: float
+
+
 class Fastest(nn.Module):
     """A part for one row and for more, each on the back end that was fastest for it."""
 
@@ -205,13 +218,19 @@ class _Built:
     one: Callable[..., Any]
     many: Callable[..., Any]
     difference: float = 0.0
+    disagreement: float = 0.0  # of the full model alone
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.backend, self.precision
 
 
 class Race:
     """Builds every part on every back end, and keeps the fastest. A part that was built is not built again.
 
-    `left_out` says what was not taken, and why. A precision in which the full model alone differs from the backbone on
-    more of the sample than `tolerance` is left out of all parts, and so is a back end on which it is far behind.
+    `left_out` says what was not taken, and why; `full_model`, how the full model did on each back end. A precision in
+    which it differs from the backbone on more of the sample than `tolerance` is left out of all parts, and so is a back
+    end on which it is far behind.
     """
 
     def __init__(
@@ -219,6 +238,7 @@ class Race:
     ) -> None:
         self.task, self.tolerance = task, tolerance
         self.left_out: list[str] = []
+        self.full_model: list[Tried] = []
         self.kinds = [
             (backend, precision)
             for backend, precision in itertools.product(filter(self._is_here, backends), precisions)
@@ -238,6 +258,7 @@ class Race:
             exact = [other for other in built if other.precision == FLOAT32]
             self._parts[name] = dataclasses.replace(_won(name, built, times), in_float32=_won(name, exact, times))
             if name == FULL:
+                self.full_model = [_tried(other, *times.values()) for other in built]
                 self._leave_out_slow(times)
         return self._parts[name]
 
@@ -269,23 +290,23 @@ class Race:
             except BackendError as error:
                 self._leave_out(f"{name}: {error}")
                 continue
-            if name == FULL and (why := self._too_different(built, expected)):
-                self.kinds.remove((backend, precision))
-                self._leave_out(why)
-                continue
-            yield dataclasses.replace(built, difference=difference.relative)
+            built = dataclasses.replace(built, difference=difference.relative)
+            if name == FULL:
+                built = dataclasses.replace(built, disagreement=self._disagreement(built, expected))
+                if exceeds(built.disagreement, len(inputs[0]), self.tolerance):
+                    self.kinds.remove((backend, precision))
+                    self._leave_out(
+                        f"{backend.name} in {precision}: the full model answers {100 * built.disagreement:.1f} % of "
+                        f"{len(inputs[0])} inputs differently there, more than the tolerance of "
+                        f"{100 * self.tolerance:g} %"
+                    )
+                    continue
+            yield built
 
-    def _too_different(self, built: _Built, expected: _Expected) -> str | None:
-        """Why nothing should run there, if the full model alone already exceeds the tolerance on the sample."""
+    def _disagreement(self, built: _Built, expected: _Expected) -> float:
+        """The share of the sample that the full model alone answers otherwise there."""
         answers = (self.task.answer(self.task.logits(one)) for one in (built.many(*expected.inputs), expected.output))
-        agree_B = self.task.agree(*answers)
-        differs = 1 - float(agree_B.double().mean())
-        if not exceeds(differs, len(agree_B), self.tolerance):
-            return None
-        return (
-            f"{built.backend} in {built.precision}: the full model answers {100 * differs:.1f} % of {len(agree_B)} "
-            f"inputs differently there, more than the tolerance of {100 * self.tolerance:g} %"
-        )
+        return 1 - float(self.task.agree(*answers).double().mean())
 
     def _leave_out(self, why: str) -> None:
         self.left_out.append(why)
@@ -321,15 +342,18 @@ def _timed(built: Sequence[_Built], inputs: tuple[Tensor, ...], rows: int) -> di
     given = tuple(tensor[:rows].clone() for tensor in inputs)
     calls = [functools.partial(other.one if rows == ONE else other.many, *given) for other in built]
     times = race(calls, budget_s=RACE_S, synchronize=synchronizer(inputs[0].device))
-    return {(other.backend, other.precision): time.median_ms for other, time in zip(built, times, strict=True)}
+    return {other.kind: time.median_ms for other, time in zip(built, times, strict=True)}
+
+
+def _tried(built: _Built, one: Mapping[tuple[str, str], float], many: Mapping[tuple[str, str], float]) -> Tried:
+    return Tried(*built.kind, one[built.kind], many[built.kind], built.difference, built.disagreement)
 
 
 def _won(name: str, built: Sequence[_Built], times: Mapping[int, Mapping[tuple[str, str], float]]) -> PlacedPart:
     fastest, choices = [], []
     for rows, ms in times.items():
-        best = min(built, key=lambda other: ms[other.backend, other.precision])
-        key = best.backend, best.precision
-        choices.append(Choice(name, rows, *key, ms[key], ms[EAGER, FLOAT32], best.difference))
+        best = min(built, key=lambda other: ms[other.kind])
+        choices.append(Choice(name, rows, *best.kind, ms[best.kind], ms[EAGER, FLOAT32], best.difference))
         fastest.append(best)
     return PlacedPart(Fastest(fastest[0].one, fastest[1].many), tuple(choices))
 
