@@ -218,12 +218,13 @@ class _Said:
         return int((~self.full_agrees_N).sum())
 
 
-def _observe(task: Classification, layout: Layout, rows: Batch, size: int, running: Bar) -> _Said:
-    """Run everything on all rows, `size` at a time."""
+def _observe(task: Classification, layout: Layout, rows: Batch, expected_N: Tensor, size: int, running: Bar) -> _Said:
+    """Run everything on all rows, `size` at a time. expected_N: the backbone's answers to them."""
     parts = []
     for start in range(0, len(rows), size):
-        batch = rows.rows(slice(start, start + size)).to(layout.split.device)
-        parts.append(_observe_batch(task, layout.split, layout.caches, batch))
+        chunk = slice(start, start + size)
+        batch = rows.rows(chunk).to(layout.split.device)
+        parts.append(_observe_batch(task, layout.split, layout.caches, batch, expected_N[chunk]))
         running.advance(len(batch))
     confidence, answer, agreement, backbone, stages, full = (
         torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
@@ -234,9 +235,8 @@ def _observe(task: Classification, layout: Layout, rows: Batch, size: int, runni
 
 
 def _observe_batch(
-    task: Classification, split: SplitModel, caches: Sequence[Cache], batch: Batch
+    task: Classification, split: SplitModel, caches: Sequence[Cache], batch: Batch, expected_B: Tensor
 ) -> tuple[Tensor, ...]:
-    expected_B = task.answer(task.logits(split.backbone_leaves(batch)))
     said = say_all(split, caches, task, batch)
     full_B = task.answer(task.logits(split.full_leaves(batch)))
     agree = functools.partial(task.agree, other_B=expected_B)
@@ -274,6 +274,20 @@ class _Job:
     rows: _Rows
     show: bool
 
+    @functools.cached_property
+    def tune_answers(self) -> Tensor:
+        return self._answers(self.rows.tune)
+
+    @functools.cached_property
+    def certify_answers(self) -> Tensor:
+        return self._answers(self.rows.certify)
+
+    def _answers(self, rows: Batch) -> Tensor:
+        """(N,) those of the backbone as the user gave it; asked once, MANY rows at a time: nothing here is slower."""
+        split, task = self.base.split_model, self.base.task
+        chunks = (rows.rows(slice(start, start + MANY)).to(split.device) for start in range(0, len(rows), MANY))
+        return torch.cat([task.answer(task.logits(split.backbone_leaves(chunk))) for chunk in chunks])
+
     def tuned(self, race: Race) -> _Tuned:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
         names = [planned.name for planned in self.base.plan.caches]
@@ -293,7 +307,8 @@ class _Job:
         if not layout.caches:
             return layout, costs, None
         with bar("tuning", len(self.rows.tune), show=self.show) as running:
-            return layout, costs, _observe(self.base.task, layout, self.rows.tune, ONE, running).records
+            said = _observe(self.base.task, layout, self.rows.tune, self.tune_answers, ONE, running)
+            return layout, costs, said.records
 
     def certified(self, tuned: _Tuned) -> tuple[_Setting, Certificate]:
         """The cheapest plan that passes, or the full model in float32 where nothing does; and the full model's own
@@ -304,7 +319,8 @@ class _Job:
         """
         base, layout, n = self.base, tuned.layout, len(self.rows.certify)
         with bar("certifying", 2 * n, show=self.show) as running:
-            said = [_observe(base.task, layout, self.rows.certify, size, running) for size in (ONE, MANY)]
+            rows, answers_N = self.rows.certify, self.certify_answers
+            said = [_observe(base.task, layout, rows, answers_N, size, running) for size in (ONE, MANY)]
         errors = [side.full_errors for side in said]
         errors += [side.errors(plan) for plan in tuned.path[1:] for side in said]
         tolerance, level = base.certificate.tolerance, base.certificate.confidence_level
