@@ -60,6 +60,14 @@ class Images:
     def rows(self, rows: slice) -> Images:
         return Images(self.images[rows], self.labels[rows], self.transform, self.size)
 
+    def __add__(self, more: Images) -> Images:
+        images, labels = (np.concatenate(pair) for pair in ((self.images, more.images), (self.labels, more.labels)))
+        return Images(images, labels, self.transform, self.size)
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
 
 class Tokens:
     """The same of sentences, padded to one length: dicts of input_ids and attention_mask, and labels."""
@@ -78,6 +86,14 @@ class Tokens:
 
     def rows(self, rows: slice) -> Tokens:
         return Tokens(self.ids[rows], self.mask[rows], self.labels[rows], self.size)
+
+    def __add__(self, more: Tokens) -> Tokens:
+        pairs = (self.ids, more.ids), (self.mask, more.mask), (self.labels, more.labels)
+        return Tokens(*(np.concatenate(pair) for pair in pairs), size=self.size)
+
+    @property
+    def count(self) -> int:
+        return len(self.ids)
 
 
 def sentences(table: Mapping[str, int], tokenizer: Any, *, length: int, seed: int) -> Tokens:
@@ -191,7 +207,7 @@ def document(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": COMMIT,
-        "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine()},
+        "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine(), **_gpu()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": " ".join(["python benchmarks/" + Path(STARTED_AS[0]).name, *_settings(STARTED_AS[1:])]),
         "rows": rows,
@@ -200,7 +216,7 @@ def document(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _settings(arguments: Sequence[str]) -> list[str]:
     """The arguments without those that say where files are kept."""
-    kept, places = [], ("--out", "--records", "--workdir")
+    kept, places = [], ("--out", "--records", "--workdir", "--fitted")
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument not in places and before not in places:
             kept.append(argument)
@@ -240,6 +256,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _gpu() -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _cpu() -> str:

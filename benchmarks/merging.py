@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from offramp.caches import LearnedCache
+from offramp.cost import synchronizer
 from offramp.merging import Merging, saved_ms
 from offramp.model import CachedModel
 from offramp.splitting import split
@@ -36,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 16], help="that call (default: 1 4 16)")
     parser.add_argument("--calls", type=int, default=20, help="of each thread and round (default 20)")
     parser.add_argument("--waits", type=float, nargs="+", default=[2.0, 10.0], help="max_wait_ms (default: 2 10)")
+    parser.add_argument("--device", default="cpu", help="where all of it runs (default: cpu)")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     if not common.SHARED.exists():
         parser.exit(0, "skipped: the data and models in ../shared are not there\n")
@@ -58,6 +60,7 @@ def always(cached: CachedModel, wait_ms: float) -> Merging:
 
 def run(call: Callable[[Tensor], object], images: Tensor, threads: int, calls: int) -> tuple[float, list[float]]:
     """Seconds for all, and the milliseconds of each call."""
+    wait = synchronizer(images.device)
 
     def ask(thread: int) -> list[float]:
         times_ms = []
@@ -66,6 +69,7 @@ def run(call: Callable[[Tensor], object], images: Tensor, threads: int, calls: i
                 row = (thread * calls + number) % len(images)
                 begun = time.perf_counter()
                 call(images[row : row + 1])
+                wait()
                 times_ms.append((time.perf_counter() - begun) * 1000)
         return times_ms
 
@@ -88,8 +92,8 @@ def main() -> None:
     options = arguments()
     zoo = common.zoo()
     images = common.images("cifar10/test.parquet", lambda x: zoo.normalize(x, "cifar10"), side=32).rows(slice(0, 512))
-    sample = images.transform(torch.from_numpy(images.images))
-    split_model = split(zoo.resnet18_cifar10(), sample[:4])
+    sample = images.transform(torch.from_numpy(images.images)).to(options.device)
+    split_model = split(zoo.resnet18_cifar10().to(options.device), sample[:4])
     cached = overhead.cached_model(split_model, [overhead.cache_at(split_model, POSITION, Half)], threshold=0.5)
     ways: dict[str, Callable[[Tensor], Any]] = {"each on its own": cached}
     for wait_ms in options.waits:

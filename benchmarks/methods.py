@@ -82,9 +82,10 @@ class Setup:
     held_out: Traffic
     smaller: tuple[str, nn.Module] | None = None
 
-    def quick(self) -> Setup:
-        parts = {name: getattr(self, name).rows(slice(0, QUICK[name])) for name in ("train", "certify", "held_out")}
-        return dataclasses.replace(self, **parts)
+    def quick(self, **more: int) -> Setup:
+        """A few rows of each part; `more`: as many of these parts instead."""
+        rows = {name: int((QUICK | more)[name]) for name in ("train", "certify", "held_out")}
+        return dataclasses.replace(self, **{name: getattr(self, name).rows(slice(0, n)) for name, n in rows.items()})
 
 
 # -- the cases -------------------------------------------------------------------------------------

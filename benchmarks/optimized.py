@@ -1,10 +1,12 @@
-"""ResNet-18 / CIFAR-10 on other back ends: which part runs where, what that does to the answers, and how fast it is.
+"""A model on other back ends: which part runs where, what that does to the answers, and how fast it is.
 
-A model is fitted, certified at 1 % on 2,000 test images, and then optimized in each precision on the next 3,500, which
-calibrate, tune and certify it anew. The last 2,000 evaluate it. Four models are timed in one run, call by call in turn:
-the full and the cached model, in eager mode and on the back ends. Each precision is written as soon as it is measured.
+    python benchmarks/optimized.py cifar10 --out benchmarks/results/optimized_cifar10.json
 
-    python benchmarks/optimized.py --out benchmarks/results/optimized_cifar10.json
+The cases are those of methods.py. Of the inputs that no cache is trained on, a quarter tunes and certifies the fit at
+1 %; the model is then optimized in each precision on half of them, which calibrate, tune and certify it anew, and the
+last quarter evaluates it. Four models are timed in one run, call by call in turn: the full and the cached model, in
+eager mode and on the back ends. Each precision is written as soon as it is measured. With --fitted the model is kept,
+and a later run goes on with it; without precisions nothing else is done.
 """
 
 from __future__ import annotations
@@ -14,62 +16,90 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import common
+import methods
 import numpy as np
 import torch
 
 import offramp
+from offramp.cost import synchronizer
 from offramp.evaluation import evaluate
 from offramp.model import CachedModel
 from offramp.optimizing import PRECISIONS, optimize
 from offramp.streams import Batch, concatenated, read_stream
 
 TOLERANCE, SIZES = 0.01, (1, 8, 32)
-PARTS = 0, 2000, 5500, 7500  # of the test images: where those that certify the fit, optimize and evaluate end
+PARTS = 0, 0.25, 0.75, 1  # of the inputs to certify on: where those that certify the fit, optimize and evaluate end
 LEAST_TURNS = 30
+QUICK_CERTIFY = 2000  # of these, enough are left to certify twice
+SAMPLED = 20  # batches that models are timed on
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="(default: all)")
+    parser.add_argument("case", choices=methods.SETUPS, nargs="?", default="cifar10", help="(default: cifar10)")
+    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS), help="(default: all)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="rows of a batch (default: 1 8 32)")
+    parser.add_argument("--device", default="cpu", help="where all of it runs (default: cpu)")
     parser.add_argument("--backends", nargs="+", help="(default: all that are here)")
     parser.add_argument("--time-budget", type=float, default=1000, help="seconds for the fit (default 1000)")
     parser.add_argument("--latency-budget", type=float, default=20, help="seconds per batch size (default 20)")
     parser.add_argument("--fitted", type=Path, help="keep the fitted model in this folder, and take it from there")
+    parser.add_argument("--quick", action="store_true", help="few inputs, little time: does it run at all?")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     if not common.SHARED.exists():
         parser.exit(0, "skipped: the data and models in ../shared are not there\n")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.quick:
+        options.time_budget, options.latency_budget = methods.QUICK["time_budget"], methods.QUICK["latency_budget"]
+    return options
 
 
-def fitted(
-    backbone: torch.nn.Module, train: common.Images, certify: common.Images, folder: Path, budget_s: float
-) -> CachedModel:
+@dataclass(frozen=True)
+class Parts:
+    """The inputs of one case, each in one part only."""
+
+    train: methods.Traffic
+    certify: methods.Traffic
+    again: methods.Traffic
+    held_out: methods.Traffic
+
+    @classmethod
+    def of(cls, setup: methods.Setup) -> Parts:
+        fresh: Any = setup.certify + setup.held_out  # type: ignore[operator] # both of one kind
+        ends = [round(share * fresh.count) for share in PARTS]
+        return cls(setup.train, *(fresh.rows(slice(a, b)) for a, b in itertools.pairwise(ends)))
+
+
+def fitted(backbone: torch.nn.Module, parts: Parts, folder: Path, budget_s: float) -> CachedModel:
     if not folder.exists():
         cached = offramp.fit(
-            backbone, train, certify=certify, tolerance=TOLERANCE, time_budget_s=budget_s, progress=False
+            backbone, parts.train, certify=parts.certify, tolerance=TOLERANCE, time_budget_s=budget_s, progress=False
         )
         offramp.save(cached, folder)
     return offramp.load(folder, backbone)
 
 
-def timed(models: dict[str, Callable[..., Any]], sample: Batch, budget_s: float) -> list[dict[str, Any]]:
-    """Mean, p50 and p95 in milliseconds of one call, per model and batch size."""
+def timed(models: dict[str, Callable[..., Any]], sample: Batch, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Mean, p50 and p95 in milliseconds of one call, per model and batch size, the device being waited for."""
+    wait = synchronizer(sample.tensors[0].device)
     rows = []
-    for size in SIZES:
+    for size in options.sizes:
         times_ms: dict[str, list[float]] = {name: [] for name in models}
         started, turn = time.perf_counter(), 0
-        while turn < LEAST_TURNS or time.perf_counter() - started < budget_s:
+        while turn < LEAST_TURNS or time.perf_counter() - started < options.latency_budget:
             first = turn * size % (len(sample) - size)
             batch = sample.rows(slice(first, first + size))
             for name, call in models.items():
                 call(*batch.args, **batch.kwargs)  # untimed: in use, the memory caches are not full of other models
+                wait()
                 begun = time.perf_counter()
                 call(*batch.args, **batch.kwargs)
+                wait()
                 times_ms[name].append((time.perf_counter() - begun) * 1000)
             turn += 1
         for name, values in times_ms.items():
@@ -78,13 +108,11 @@ def timed(models: dict[str, Callable[..., Any]], sample: Batch, budget_s: float)
     return rows
 
 
-def row(
-    cached: CachedModel, again: common.Images, held_out: common.Images, precision: str, options: argparse.Namespace
-) -> dict[str, Any]:
+def row(cached: CachedModel, parts: Parts, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
-    optimized = optimize(cached, again, backends=options.backends, precision=precision, progress=False)
+    optimized = optimize(cached, parts.again, backends=options.backends, precision=precision, progress=False)
     seconds = time.monotonic() - started
-    evaluation = evaluate(optimized, held_out, batch_sizes=())
+    evaluation = evaluate(optimized, parts.held_out, batch_sizes=())
     models: dict[str, Callable[..., Any]] = {
         "full, eager": cached.split_model.full,
         "cached, eager": cached,
@@ -92,7 +120,8 @@ def row(
         "cached, optimized": optimized,
     }
     with torch.inference_mode():
-        latency = timed(models, concatenated(list(read_stream(held_out))), options.latency_budget)
+        sample = concatenated(list(itertools.islice(read_stream(parts.held_out, cached.split_model.backbone), SAMPLED)))
+        latency = timed(models, sample.to(cached.split_model.device), options)
     return {
         "precision": precision,
         "seconds": seconds,
@@ -114,7 +143,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         low, high = one["evaluation"]["interval"]
         differ = f"{100 * one['evaluation']['disagreement']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
         bound = f"{100 * one['certificate']['bound']:.2f} %" if one["plan"]["caches"] else "no caches"
-        for size in SIZES:
+        for size in sorted({entry["batch_size"] for entry in one["latency"]}):
             at = {entry["model"]: entry for entry in one["latency"] if entry["batch_size"] == size}
             eager_ms = at["full, eager"]["mean_ms"]
             shares = [
@@ -129,7 +158,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parts(rows: list[dict[str, Any]]) -> str:
+def back_ends(rows: list[dict[str, Any]]) -> str:
+    """What each back end makes of the full model."""
+    lines = [
+        "| lowest precision | full model on | batch 1 ms | batch 32 ms | largest difference | answers that differ |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {one['precision']} | {tried['backend']}, {tried['precision']} | {tried['one_ms']:.2f} "
+        f"| {tried['many_ms']:.2f} | {tried['difference']:.1e} | {100 * tried['disagreement']:.1f} % |"
+        for one in rows
+        for tried in one["full_model"]
+    ]
+    return "\n".join(lines)
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    older = "full_model" not in rows[0]
+    return "\n\n".join([table(rows), *([] if older else [back_ends(rows)]), parts_table(rows)])
+
+
+def parts_table(rows: list[dict[str, Any]]) -> str:
     """Which part runs where, and what was left out."""
     lines = [
         "| lowest precision | part | rows | back end | ms | eager ms | largest difference |",
@@ -151,23 +200,17 @@ def parts(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     options = arguments()
-    zoo = common.zoo()
-    backbone = zoo.resnet18_cifar10()
-
-    def transform(x: Any) -> Any:
-        return zoo.normalize(x, "cifar10")
-
-    train = common.images("cifar10/train.parquet", transform, side=32)
-    test = common.images("cifar10/test.parquet", transform, side=32, seed=0)
-    certify, again, held_out = (test.rows(slice(a, b)) for a, b in itertools.pairwise(PARTS))
+    setup = methods.SETUPS[options.case](common.zoo())
+    setup = setup.quick(certify=QUICK_CERTIFY) if options.quick else setup
+    backbone, parts = setup.backbone.to(options.device), Parts.of(setup)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.fitted or Path(temporary, "cached")
-        cached = fitted(backbone, train, certify, folder, options.time_budget)
-        rows: list[dict[str, Any]] = []
+        cached = fitted(backbone, parts, folder, options.time_budget)
         for precision in options.precisions:
-            rows.append(row(cached, again, held_out, precision, options))
-            print(table(rows) + "\n\n" + parts(rows[-1:]))
-            common.finish(common.document("ResNet-18 / CIFAR-10 on other back ends", rows), options.out)
+            rows.append(row(cached, parts, precision, options))
+            print(tables(rows))
+            common.finish(common.document(f"{setup.title} on other back ends", rows), options.out)
 
 
 if __name__ == "__main__":

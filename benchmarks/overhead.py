@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from offramp.caches import CacheShape, LearnedCache, reduction_for
-from offramp.cost import measure, measure_caches
+from offramp.cost import measure, measure_caches, synchronizer
 from offramp.model import CachedModel
 from offramp.optimizing import TRIED, uncertified
 from offramp.splitting import SplitModel, split
@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 32], help="rows of a batch (default: 1 32)")
     parser.add_argument("--backends", nargs="*", default=list(TRIED), help=f"(default: {' '.join(TRIED)})")
     parser.add_argument("--latency-budget", type=float, default=10, help="seconds per comparison (default 10)")
+    parser.add_argument("--device", default="cpu", help="where all of it runs (default: cpu)")
     parser.add_argument("--threads", type=int, help="of torch and the back ends (default: torch's)")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, for one thread on a busy machine"
@@ -91,15 +92,17 @@ def bare_parts(cached: CachedModel) -> Callable[[Tensor], object]:
 @torch.inference_mode()
 def compared(cached: CachedModel, sample: Tensor, size: int, clock: Callable[[], float], budget_s: float) -> Any:
     """Milliseconds of both in each turn: (whole, parts)."""
-    calls, times_ms = (cached, bare_parts(cached)), []
+    calls, times_ms, wait = (cached, bare_parts(cached)), [], synchronizer(sample.device)
     started, turn = time.perf_counter(), 0
     while turn < LEAST_TURNS or time.perf_counter() - started < budget_s:
         first = turn * size % (len(sample) - size)
         x, both = sample[first : first + size], [0.0, 0.0]
         for which in (0, 1) if turn % 2 else (1, 0):
             calls[which](x)
+            wait()
             begun = clock()
             calls[which](x)
+            wait()
             both[which] = (clock() - begun) * 1000
         times_ms.append(both)
         turn += 1
@@ -144,9 +147,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     zoo = common.zoo()
-    backbone = zoo.resnet18_cifar10()
+    backbone = zoo.resnet18_cifar10().to(options.device)
     images = common.images("cifar10/test.parquet", lambda x: zoo.normalize(x, "cifar10"), side=32).rows(slice(0, 512))
-    sample = images.transform(torch.from_numpy(images.images))
+    sample = images.transform(torch.from_numpy(images.images)).to(options.device)
     split_model = split(backbone, sample[:4])
     rows = []
     for positions in ((), (0, 4), (0, 2, 4, 6)):

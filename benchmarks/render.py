@@ -41,12 +41,24 @@ SECTIONS = (
         "cifar10_one_core",
         "optimized_cifar10",
         "optimized_cifar10_no_compiler",
+        "optimized_resnet56_cifar10",
+        "optimized_mobilenet_v2",
+        "optimized_sst2",
         "methods_cifar10",
         "methods_resnet56_cifar10",
         "methods_sst2",
         "methods_mobilenet_v2",
     ),
-    *("ablations", "ablations_records", "breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
+    *(
+        "ablations",
+        "ablations_records",
+        "ablations_p95",
+        "breaches",
+        "breaches_own",
+        "replication",
+        "mobilenet_v2",
+        "resnet56_cifar100",
+    ),
     *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay", "recent"),
 )
 
@@ -67,8 +79,9 @@ def main() -> None:
 
 def section(name: str, document: dict[str, Any]) -> str:
     hardware, versions = document["hardware"], document["versions"]
+    gpu = f"{hardware['gpu']}, " if "gpu" in hardware else ""
     facts = (
-        f"`{document['command']}` on {document['date']}, commit {document['commit']}; {hardware['cpu']}, "
+        f"`{document['command']}` on {document['date']}, commit {document['commit']}; {gpu}{hardware['cpu']}, "
         f"{hardware['threads']} threads; torch {versions['torch']}, Python {versions['python']}."
         f" {document.get('note', '')}"
     ).rstrip()
@@ -127,7 +140,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations": lambda document: ablations.table(document["rows"]),
     "breaches": lambda document: breaches.table(document["rows"]),
     "replication": lambda document: replication.table(document["rows"]),
-    "optimized": lambda document: f"{optimized.table(document['rows'])}\n\n{optimized.parts(document['rows'])}",
+    "optimized": lambda document: optimized.tables(document["rows"]),
     "overhead": lambda document: overhead.table(document["rows"]),
     "merging": lambda document: merging.table(document["rows"]),
     "scale": lambda document: scale.table(document["rows"]),

@@ -60,13 +60,23 @@ def test_thresholds_per_cache_are_certified_as_a_path(ablations: Any) -> None:
 
 
 def test_a_difference_is_taken_draw_by_draw(ablations: Any) -> None:
-    one, base = ablations.Measured([0.5, 0.7], [0.1, 0.1], [0.0, 0.02]), ablations.Measured([0.4, 0.5], [], [])
+    one = ablations.Measured([0.5, 0.7], [0.1, 0.1], [0.0, 0.02], [1.0, 1.1])
+    base = ablations.Measured([0.4, 0.5], [], [])
     row = ablations.row("here", ablations.IDEAS[1], 0.01, one, base)
     assert (row["draws"], row["cost_mean"]) == (2, pytest.approx(0.6))
     assert row["difference_mean"] == pytest.approx(0.15)
     assert row["difference_se"] == pytest.approx(0.05)
     assert "+0.150 +- 0.050" in ablations.table([row])
+    assert "| 1.05 |" in ablations.table([row]), "the 95th percentile of the costs"
     assert "| 44 % | - |" in ablations.table([row]), "of the oracle's saving; and nothing was learned"
+
+
+def test_a_limit_on_the_slowest_leaves_only_plans_that_keep_it(ablations: Any) -> None:
+    records, costs = traffic(4000)
+    tune, certify, fresh = (records.rows(np.arange(start, 4000, 3)) for start in range(3))
+    thresholds_K = ablations.steady(tune, certify, costs, 0.05)
+    assert ablations.p95(tune, thresholds_K, costs) <= ablations.SLOWER
+    assert ablations.p95(fresh, (OFF,) * 3, costs) == 1
 
 
 def test_records_alone_are_enough_for_ideas_about_choosing(ablations: Any, tmp_path: Path) -> None:

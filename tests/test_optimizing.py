@@ -154,6 +154,20 @@ def test_every_part_runs_on_the_fastest_back_end_and_answers_as_before(fake: Fak
     assert (cached.plan, cached.split_model.stages) == before, "the model that it was made of is as it was"
 
 
+def test_how_the_full_model_did_on_each_back_end_is_told(fake: Fake) -> None:
+    fake.wrong["int8"] = lambda x: somewhere(0.02)(x) & (x.shape[1] == 6)
+    eager, exact, low = run(make(), precision="int8").summary["optimized"]["full_model"]
+    assert [(one["backend"], one["precision"]) for one in (eager, exact, low)] == [
+        ("eager", "float32"),
+        ("fake", "float32"),
+        ("fake", "int8"),
+    ]
+    assert [one["one_ms"] for one in (eager, exact, low)] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert eager["difference"] == exact["difference"] == exact["disagreement"] == 0
+    assert 0 < low["disagreement"] <= TOLERANCE
+    assert low["difference"] > 0
+
+
 def test_the_certificate_counts_distinct_rows_that_calibrate_and_tune_nothing(fake: Fake) -> None:
     certificate = run(make()).certificate
     rest = ROWS - optimizing.CALIBRATION_ROWS
@@ -224,6 +238,18 @@ def test_a_precision_in_which_the_full_model_loses_too_much_is_left_out_of_every
     assert {part["precision"] for part in optimized.summary["optimized"]["parts"]} == {"float32"}
     assert [precision for precision, *_ in fake.calls].count("int8") == 1, "nothing else is built in it"
     assert optimized.plan.caches
+
+
+def test_a_back_end_on_which_the_full_model_is_far_behind_is_not_tried_on_its_parts(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times_ms = 1.0, 2.0, 0.9  # eager, and the two of `fake`: float32 takes more than twice as long as int8
+    monkeypatch.setattr(parts, "race", lambda calls, **_: [Timing(ms, 0.0, 1.0) for ms in times_ms[-len(calls) :]])
+    optimized = run(make(), precision="int8")
+    (why,) = optimized.summary["optimized"]["left_out"]
+    assert why.startswith("fake in float32: the full model takes at least 2.2 times as long there")
+    assert [precision for precision, *_ in fake.calls].count("float32") == 1, "nothing else is built in it"
+    assert {part["precision"] for part in optimized.summary["optimized"]["parts"]} == {"int8"}
 
 
 def test_a_full_model_that_cannot_be_certified_runs_in_float32(fake: Fake) -> None:

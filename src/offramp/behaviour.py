@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.errors import InputError, SplitError
 from offramp.graph import version
+from offramp.precision import rounding
 from offramp.streams import Batch, as_batch
 
 EXAMPLE_ROWS = 4
@@ -168,17 +169,10 @@ def difference(received: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
             if not torch.equal(one, other):
                 return f"tensor {number} differs in {int((one != other).sum())} of {one.numel()} whole numbers"
             continue
-        tolerance = _tolerance(other)
+        tolerance = rounding(other)
         usual = other[other.isfinite() & (other.abs() < 1e30)]  # masks hold -inf or the smallest number
         scale = float(usual.abs().max()) if usual.numel() else 0.0
         if not torch.allclose(one, other, rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True):
             worst = float((one - other).abs().nan_to_num().max())
             return f"tensor {number} differs by up to {worst:.3g} where its values reach {scale:.3g}"
     return ""
-
-
-def _tolerance(tensor: Tensor) -> float:
-    """Relative rounding to allow: other batch sizes take other kernels, with other orders of summation."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        return 2e-2
-    return 5e-3 if tensor.is_cuda and torch.backends.cudnn.allow_tf32 else 1e-4

@@ -66,9 +66,9 @@ def optimize(
     Tolerance and confidence level are those of `cached`. A model that is optimized already is optimized anew, from what
     it was made of.
 
-    A back end that is missing, fails or differs from eager in float32 is left out, and `summary["optimized"]` says so.
-    The result runs on this hardware and with as many threads as torch has now. `save` keeps how it was made, and `load`
-    makes it again.
+    A back end that is missing, fails, differs from eager in float32, or takes more than twice the fastest for the full
+    model, is left out. `summary["optimized"]` says so, and how the full model did on each. The result runs on this
+    hardware and with as many threads as torch has now. `save` keeps how it was made, and `load` makes it again.
 
     Raises InputError for arguments that do not fit, StreamError when the stream is too short.
     """
@@ -125,6 +125,7 @@ def _summarize(model: OptimizedModel, precision: str, race: Race, latency: Seque
         "precision": precision,
         "hardware": model.origin.hardware,
         "parts": [asdict(choice) for choice in model.origin.choices],
+        "full_model": [asdict(tried) for tried in race.full_model],
         "left_out": race.left_out,
         "latency": [
             {"batch_size": one.batch_size, "full_ms": one.full_mean_ms, "cached_ms": one.cached_mean_ms}
@@ -217,12 +218,13 @@ class _Said:
         return int((~self.full_agrees_N).sum())
 
 
-def _observe(task: Classification, layout: Layout, rows: Batch, size: int, running: Bar) -> _Said:
-    """Run everything on all rows, `size` at a time."""
+def _observe(task: Classification, layout: Layout, rows: Batch, expected_N: Tensor, size: int, running: Bar) -> _Said:
+    """Run everything on all rows, `size` at a time. expected_N: the backbone's answers to them."""
     parts = []
     for start in range(0, len(rows), size):
-        batch = rows.rows(slice(start, start + size)).to(layout.split.device)
-        parts.append(_observe_batch(task, layout.split, layout.caches, batch))
+        chunk = slice(start, start + size)
+        batch = rows.rows(chunk).to(layout.split.device)
+        parts.append(_observe_batch(task, layout.split, layout.caches, batch, expected_N[chunk]))
         running.advance(len(batch))
     confidence, answer, agreement, backbone, stages, full = (
         torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
@@ -233,9 +235,8 @@ def _observe(task: Classification, layout: Layout, rows: Batch, size: int, runni
 
 
 def _observe_batch(
-    task: Classification, split: SplitModel, caches: Sequence[Cache], batch: Batch
+    task: Classification, split: SplitModel, caches: Sequence[Cache], batch: Batch, expected_B: Tensor
 ) -> tuple[Tensor, ...]:
-    expected_B = task.answer(task.logits(split.backbone_leaves(batch)))
     said = say_all(split, caches, task, batch)
     full_B = task.answer(task.logits(split.full_leaves(batch)))
     agree = functools.partial(task.agree, other_B=expected_B)
@@ -273,6 +274,20 @@ class _Job:
     rows: _Rows
     show: bool
 
+    @functools.cached_property
+    def tune_answers(self) -> Tensor:
+        return self._answers(self.rows.tune)
+
+    @functools.cached_property
+    def certify_answers(self) -> Tensor:
+        return self._answers(self.rows.certify)
+
+    def _answers(self, rows: Batch) -> Tensor:
+        """(N,) those of the backbone as the user gave it; asked once, MANY rows at a time: nothing here is slower."""
+        split, task = self.base.split_model, self.base.task
+        chunks = (rows.rows(slice(start, start + MANY)).to(split.device) for start in range(0, len(rows), MANY))
+        return torch.cat([task.answer(task.logits(split.backbone_leaves(chunk))) for chunk in chunks])
+
     def tuned(self, race: Race) -> _Tuned:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
         names = [planned.name for planned in self.base.plan.caches]
@@ -292,7 +307,8 @@ class _Job:
         if not layout.caches:
             return layout, costs, None
         with bar("tuning", len(self.rows.tune), show=self.show) as running:
-            return layout, costs, _observe(self.base.task, layout, self.rows.tune, ONE, running).records
+            said = _observe(self.base.task, layout, self.rows.tune, self.tune_answers, ONE, running)
+            return layout, costs, said.records
 
     def certified(self, tuned: _Tuned) -> tuple[_Setting, Certificate]:
         """The cheapest plan that passes, or the full model in float32 where nothing does; and the full model's own
@@ -303,7 +319,8 @@ class _Job:
         """
         base, layout, n = self.base, tuned.layout, len(self.rows.certify)
         with bar("certifying", 2 * n, show=self.show) as running:
-            said = [_observe(base.task, layout, self.rows.certify, size, running) for size in (ONE, MANY)]
+            rows, answers_N = self.rows.certify, self.certify_answers
+            said = [_observe(base.task, layout, rows, answers_N, size, running) for size in (ONE, MANY)]
         errors = [side.full_errors for side in said]
         errors += [side.errors(plan) for plan in tuned.path[1:] for side in said]
         tolerance, level = base.certificate.tolerance, base.certificate.confidence_level

@@ -36,6 +36,9 @@ EAGER, FLOAT32 = "eager", "float32"
 SAMPLE_SLACK = 3.0  # inputs of the sample that may differ by chance
 RACE_S = 0.5  # for one part and number of rows
 COMPARED_ROWS = 4  # that are compared one by one
+# Times the fastest: where the full model takes longer, for one row and for many, its parts are not built. Building
+# takes most of the time of an optimization, and a runtime that is far behind on the whole has not won a stage of it.
+FAR_BEHIND = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,19 @@ class Choice:
     ms: float
     eager_ms: float
     difference: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one back end made of the full model: milliseconds for one row and for many, the difference as in `Choice`,
+    and the share of the sample that it answers otherwise than the module."""
+
+    backend: str
+    precision: str
+    one_ms: float
+    many_ms: float
+    difference: float
+    disagreement: float
 
 
 class Fastest(nn.Module):
@@ -202,13 +218,19 @@ class _Built:
     one: Callable[..., Any]
     many: Callable[..., Any]
     difference: float = 0.0
+    disagreement: float = 0.0  # of the full model alone
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.backend, self.precision
 
 
 class Race:
     """Builds every part on every back end, and keeps the fastest. A part that was built is not built again.
 
-    `left_out` says what was not taken, and why. A precision in which the full model alone differs from the backbone on
-    more of the sample than `tolerance` is left out of all parts.
+    `left_out` says what was not taken, and why; `full_model`, how the full model did on each back end. A precision in
+    which it differs from the backbone on more of the sample than `tolerance` is left out of all parts, and so is a back
+    end on which it is far behind.
     """
 
     def __init__(
@@ -216,6 +238,7 @@ class Race:
     ) -> None:
         self.task, self.tolerance = task, tolerance
         self.left_out: list[str] = []
+        self.full_model: list[Tried] = []
         self.kinds = [
             (backend, precision)
             for backend, precision in itertools.product(filter(self._is_here, backends), precisions)
@@ -234,7 +257,22 @@ class Race:
             times = {rows: _timed(built, inputs, rows) for rows in (ONE, MANY)}
             exact = [other for other in built if other.precision == FLOAT32]
             self._parts[name] = dataclasses.replace(_won(name, built, times), in_float32=_won(name, exact, times))
+            if name == FULL:
+                self.full_model = [_tried(other, *times.values()) for other in built]
+                self._leave_out_slow(times)
         return self._parts[name]
+
+    def _leave_out_slow(self, times: Mapping[int, Mapping[tuple[str, str], float]]) -> None:
+        """Without the kinds on which the full model takes far longer than on the fastest, for one row and for many."""
+        for backend, precision in list(self.kinds):
+            kind = backend.name, precision
+            behind = min(ms.get(kind, 0.0) / min(ms.values()) for ms in times.values())
+            if behind > FAR_BEHIND:
+                self.kinds.remove((backend, precision))
+                self._leave_out(
+                    f"{backend.name} in {precision}: the full model takes at least {behind:.1f} times as long there as "
+                    "on the fastest; not tried on its parts"
+                )
 
     def _built(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[_Built]:
         """The module itself, and all that can be built of it and is close enough to it."""
@@ -252,23 +290,23 @@ class Race:
             except BackendError as error:
                 self._leave_out(f"{name}: {error}")
                 continue
-            if name == FULL and (why := self._too_different(built, expected)):
-                self.kinds.remove((backend, precision))
-                self._leave_out(why)
-                continue
-            yield dataclasses.replace(built, difference=difference.relative)
+            built = dataclasses.replace(built, difference=difference.relative)
+            if name == FULL:
+                built = dataclasses.replace(built, disagreement=self._disagreement(built, expected))
+                if exceeds(built.disagreement, len(inputs[0]), self.tolerance):
+                    self.kinds.remove((backend, precision))
+                    self._leave_out(
+                        f"{backend.name} in {precision}: the full model answers {100 * built.disagreement:.1f} % of "
+                        f"{len(inputs[0])} inputs differently there, more than the tolerance of "
+                        f"{100 * self.tolerance:g} %"
+                    )
+                    continue
+            yield built
 
-    def _too_different(self, built: _Built, expected: _Expected) -> str | None:
-        """Why nothing should run there, if the full model alone already exceeds the tolerance on the sample."""
+    def _disagreement(self, built: _Built, expected: _Expected) -> float:
+        """The share of the sample that the full model alone answers otherwise there."""
         answers = (self.task.answer(self.task.logits(one)) for one in (built.many(*expected.inputs), expected.output))
-        agree_B = self.task.agree(*answers)
-        differs = 1 - float(agree_B.double().mean())
-        if not exceeds(differs, len(agree_B), self.tolerance):
-            return None
-        return (
-            f"{built.backend} in {built.precision}: the full model answers {100 * differs:.1f} % of {len(agree_B)} "
-            f"inputs differently there, more than the tolerance of {100 * self.tolerance:g} %"
-        )
+        return 1 - float(self.task.agree(*answers).double().mean())
 
     def _leave_out(self, why: str) -> None:
         self.left_out.append(why)
@@ -304,15 +342,18 @@ def _timed(built: Sequence[_Built], inputs: tuple[Tensor, ...], rows: int) -> di
     given = tuple(tensor[:rows].clone() for tensor in inputs)
     calls = [functools.partial(other.one if rows == ONE else other.many, *given) for other in built]
     times = race(calls, budget_s=RACE_S, synchronize=synchronizer(inputs[0].device))
-    return {(other.backend, other.precision): time.median_ms for other, time in zip(built, times, strict=True)}
+    return {other.kind: time.median_ms for other, time in zip(built, times, strict=True)}
+
+
+def _tried(built: _Built, one: Mapping[tuple[str, str], float], many: Mapping[tuple[str, str], float]) -> Tried:
+    return Tried(*built.kind, one[built.kind], many[built.kind], built.difference, built.disagreement)
 
 
 def _won(name: str, built: Sequence[_Built], times: Mapping[int, Mapping[tuple[str, str], float]]) -> PlacedPart:
     fastest, choices = [], []
     for rows, ms in times.items():
-        best = min(built, key=lambda other: ms[other.backend, other.precision])
-        key = best.backend, best.precision
-        choices.append(Choice(name, rows, *key, ms[key], ms[EAGER, FLOAT32], best.difference))
+        best = min(built, key=lambda other: ms[other.kind])
+        choices.append(Choice(name, rows, *best.kind, ms[best.kind], ms[EAGER, FLOAT32], best.difference))
         fastest.append(best)
     return PlacedPart(Fastest(fastest[0].one, fastest[1].many), tuple(choices))
 

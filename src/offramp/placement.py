@@ -85,11 +85,16 @@ def hit_rates(records: Records, thresholds_K: Sequence[float]) -> Array:
     return np.asarray(counts / max(len(records), 1), dtype=np.float64)
 
 
-def expected_cost(records: Records, thresholds_K: Sequence[float], costs: CacheCosts) -> float:
-    """Mean cost of a request: the backbone up to where it leaves, and every enabled cache that it met."""
+def request_costs(records: Records, thresholds_K: Sequence[float], costs: CacheCosts) -> Array:
+    """(N,) cost of each request: the backbone up to where it leaves, and every enabled cache that it met."""
     left_at_N, _ = outcomes(records, thresholds_K)
     enabled_K = np.isfinite(_effective(records.reads_K, thresholds_K))
-    return float(_leaving_costs(enabled_K, costs)[left_at_N].mean())
+    return _leaving_costs(enabled_K, costs)[left_at_N]
+
+
+def expected_cost(records: Records, thresholds_K: Sequence[float], costs: CacheCosts) -> float:
+    """Mean cost of a request."""
+    return float(request_costs(records, thresholds_K, costs).mean())
 
 
 def oracle_cost(agreement_NK: ArrayLike, costs: CacheCosts) -> float:

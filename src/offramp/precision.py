@@ -1,8 +1,10 @@
-"""Where bfloat16 pays: to learn by. What is tuned, certified and served stays in the backbone's own precision."""
+"""Where bfloat16 pays: to learn by. What is tuned, certified and served stays in the backbone's own precision, up to
+the rounding that is told here."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -12,3 +14,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # the oldest torch that we support
         return False
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def rounding(tensor: Tensor) -> float:
+    """How far results like this one may be apart, relative to the largest: other kernels, and other batch sizes, sum in
+    another order, and a GPU multiplies float32 as TF32 where torch allows it."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return 2e-2
+    return 5e-3 if tensor.is_cuda and torch.backends.cudnn.allow_tf32 else 1e-4

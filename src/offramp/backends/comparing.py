@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from offramp.backends.form import Output
 from offramp.backends.part import Part
 from offramp.errors import InputError
+from offramp.precision import rounding
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ def check(
     module: nn.Module,
     inputs: Iterable[Sequence[Tensor]],
     *,
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
+    rtol: float | None = None,
+    atol: float | None = None,
 ) -> Difference:
     """The part beside the module it was built from, on each of these tuples of inputs.
 
     A number may differ by rtol of itself, and by atol of the largest of its tensor: sums over many numbers that cancel
-    are as exact as these are. The defaults allow what float32 rounds when a sum is taken in another order.
+    are as exact as these are. The default of both is `precision.rounding`: what taking a sum in another order rounds.
     """
     found = [compare(part(*given), module(*given), rtol=rtol, atol=atol) for given in inputs]
     if not found:
@@ -53,7 +54,7 @@ def check(
     return functools.reduce(operator.or_, found)
 
 
-def compare(received: Output, expected: Output, *, rtol: float = 1e-4, atol: float = 1e-4) -> Difference:
+def compare(received: Output, expected: Output, *, rtol: float | None = None, atol: float | None = None) -> Difference:
     """`check` for outputs that are at hand."""
     pairs = zip(_tuple(received), _tuple(expected), strict=True)
     return functools.reduce(operator.or_, (_difference(*pair, rtol, atol) for pair in pairs), Difference())
@@ -63,7 +64,8 @@ def _tuple(output: Output) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _difference(received: Tensor, expected: Tensor, rtol: float, atol: float) -> Difference:
+def _difference(received: Tensor, expected: Tensor, rtol: float | None, atol: float | None) -> Difference:
+    rtol, atol = (rounding(expected) if given is None else given for given in (rtol, atol))
     if received.shape != expected.shape or received.dtype != expected.dtype:
         return Difference(math.inf, math.inf, within=False)
     if not expected.numel():
