@@ -23,15 +23,22 @@ from typing import Any
 
 import common
 import torch
-from replay import cold, cost, drift, drift_page, threads
+from replay import cold, cost, drift, drift_page, faults, threads
 from replay.service import TRACES
 
-PARTS: dict[str, ModuleType] = {"cold": cold, "drift": drift, "threads": threads, "cost": cost}
-TABLES = {"cold": cold.table, "drift": drift_page.table, "threads": threads.table, "cost": cost.table}
+PARTS: dict[str, ModuleType] = {"cold": cold, "drift": drift, "faults": faults, "threads": threads, "cost": cost}
+TABLES = {
+    "cold": cold.table,
+    "drift": drift_page.table,
+    "faults": faults.table,
+    "threads": threads.table,
+    "cost": cost.table,
+}
 PICTURES = {"cold": cold.picture, "drift": drift_page.picture}
 TITLES = {
     "cold": "Cold start: from the bare model to certified caches on live traffic, ResNet-18 / CIFAR-10",
     "drift": "Traffic that changes and changes back, ResNet-18 / CIFAR-10",
+    "faults": "Everything breaks, one thing after the other, ResNet-18 / CIFAR-10",
     "threads": "Many callers while plans are swapped, ResNet-18",
     "cost": "What the loop costs, ResNet-18 / CIFAR-10",
 }
@@ -79,6 +86,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--both", dest="refreshes", action="store_const", const=[True, False], help="drift: both ways")
     parser.add_argument("--run-length", type=float, default=10_000, help="drift: for the false alarms (default 10,000)")
     parser.add_argument("--calm-requests", type=int, default=1_000_000, help="drift: sampled, for the false alarms")
+    parser.add_argument("--episode", type=int, default=600, help="faults: requests of each (default 600)")
+    parser.add_argument("--flood", type=int, default=2000, help="faults: requests that no cache answers")
+    parser.add_argument("--load", type=int, default=24_000, help="faults: different pictures (default 24,000)")
+    parser.add_argument("--kill-after-s", type=float, default=3.0, help="faults: of load, before each kill -9")
+    parser.add_argument("--patience", type=int, default=200, help="faults: looks until something must have happened")
     parser.add_argument("--callers", type=int, default=16, help="threads: that call")
     parser.add_argument("--swaps", type=int, default=1000, help="threads: of what answers")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(cost.SIZES), help="cost: rows of a batch")

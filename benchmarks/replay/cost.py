@@ -19,7 +19,7 @@ from torch import Tensor
 import offramp
 from offramp.model import CachedModel
 from offramp.online_model import OnlineModel
-from replay.service import case, fitted, tell
+from replay.service import case, fitted, others, tell
 
 SIZES, SHADOWS = (1, 32), (0.01, 0.05)
 ROWS = 512
@@ -29,9 +29,8 @@ BARE, FULL = "cached", "full model"
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     bench = case(options)
-    first, second = options.parts[0], options.parts[0] + options.parts[1]
-    cached = fitted(bench, slice(0, first), slice(first, second), options)
-    x = bench.inputs(bench.pictures.image_P[second : second + ROWS])
+    cached = fitted(bench, options)
+    x = bench.inputs(others(bench, options).image_P[:ROWS])
     rows = [row for size in options.sizes for row in compared(cached, x, size, options)]
     return {
         "part": "cost",

@@ -26,7 +26,7 @@ from offramp.types import Records
 from replay import rivals, truth
 from replay.ledger import broken, ends, of_plans, stretches, windows
 from replay.rivals import Run
-from replay.service import TRACES, Case, case, fitted, refresh_policy, replay, tell, tiny_imagenet
+from replay.service import TRACES, Case, case, fitted, others, refresh_policy, replay, tell, tiny_imagenet
 from replay.traffic import Pictures, Schedule, Stream, arrivals_s, calm, changing, of_classes, schedule_s
 
 MIXED = (2, 3, 4, 5)  # bird, cat, deer, dog: all that comes when the mix of classes changes
@@ -70,12 +70,8 @@ def stream_of(scenario: Scenario, usual: Pictures, spare: Pictures, options: arg
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     bench = case(options)
-    ends_at = np.cumsum(options.parts).tolist()
-    train, certify, usual = (slice(a, b) for a, b in zip([0, *ends_at], ends_at, strict=False))
-    cached = fitted(bench, train, certify, options)
-    if not cached.plan.caches:
-        raise SystemExit(f"the fit has no caches, so that nothing can go wrong: {cached.plan.reason}")
-    calm_pictures, spare = bench.pictures.rows(usual), bench.pictures.rows(slice(usual.stop, None))
+    cached, fresh = fitted(bench, options), others(bench, options)
+    calm_pictures, spare = (fresh.rows(part) for part in (slice(0, options.parts[2]), slice(options.parts[2], None)))
     rows = []
     for scenario in scenarios(options):
         tell(f"-- {scenario.name}")
@@ -102,9 +98,9 @@ def _row(
     records = truth.records(cached, stream, bench.inputs, options.workdir)
     costs = CacheCosts(*flop_shares(cached.costs))
     thresholds_K = tuple(planned.threshold for planned in cached.plan.caches)
-    others, missing = rivals.all_of(records, thresholds_K, costs, options.tolerance, options.shadow, options.seed)
+    rules, missing = rivals.all_of(records, thresholds_K, costs, options.tolerance, options.shadow, options.seed)
     ways = [served(bench, cached, scenario, stream, records, options, refresh=refresh) for refresh in options.refreshes]
-    ways += [as_way(other, scenario.schedule) for other in others]
+    ways += [as_way(rule, scenario.schedule) for rule in rules]
     return {
         "scenario": scenario.name,
         "schedule": vars(scenario.schedule),

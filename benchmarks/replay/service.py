@@ -104,23 +104,37 @@ def _decoded(parquet: str, workdir: Path, *, known: bool) -> Pictures:
     return Pictures(images, labels, np.full(len(labels), known))
 
 
-def fitted(bench: Case, train: slice, certify: slice, options: argparse.Namespace) -> CachedModel:
+def fitted(bench: Case, options: argparse.Namespace) -> CachedModel:
     """A model that was fitted before it went into service; once per set of options."""
-    settings = repr((options.population, options.seed, options.tolerance, options.fit_budget, train, certify))
-    folder = options.workdir / f"fitted-{hashlib.blake2b(settings.encode(), digest_size=6).hexdigest()}"
+    folder = fitted_folder(options)
     if not folder.exists():
+        train, certify = options.parts[0], options.parts[0] + options.parts[1]
         tell(f"fitting for about {options.fit_budget:.0f} s")
         cached = offramp.fit(
             bench.backbone,
-            bench.stream(train),
-            certify=bench.stream(certify),
+            bench.stream(slice(0, train)),
+            certify=bench.stream(slice(train, certify)),
             tolerance=options.tolerance,
             time_budget_s=options.fit_budget,
             seed=options.seed,
             progress=False,
         )
         offramp.save(cached, folder)
-    return offramp.load(folder, bench.backbone)
+    cached = offramp.load(folder, bench.backbone)
+    if not cached.plan.caches:
+        raise SystemExit(f"the fit has no caches, so that nothing can be shown: {cached.plan.reason}")
+    return cached
+
+
+def fitted_folder(options: argparse.Namespace) -> Path:
+    settings = (options.population, options.seed, options.tolerance, options.fit_budget, *options.parts[:2])
+    folder: Path = options.workdir / f"fitted-{hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()}"
+    return folder
+
+
+def others(bench: Case, options: argparse.Namespace) -> Pictures:
+    """The pictures that the fit has not seen."""
+    return bench.pictures.rows(slice(options.parts[0] + options.parts[1], None))
 
 
 # -- serving ---------------------------------------------------------------------------------------
