@@ -26,9 +26,10 @@ from torch import Tensor
 import offramp
 from offramp.caches.result import ResultCache
 from offramp.errors import InputError
+from offramp.ladder import Rung
 from offramp.model import CachedModel
 from offramp.monitoring import confidence_sequence, merge
-from offramp.online_model import OnlineModel, Rung, _Sampler, online
+from offramp.online_model import OnlineModel, _Sampler, online
 from offramp.splitting import SplitModel, split
 from offramp.tasks import Classification
 from offramp.types import Certificate, Plan, PlannedCache
@@ -366,13 +367,13 @@ def test_a_call_is_answered_from_one_rung_as_a_whole(monkeypatch: pytest.MonkeyP
     """16 threads call while steps are taken: where the rows of a call left is what one rung says of all of them."""
     with watching(scripted(cache_ms=0.01), shadow=0.05, run_length=1e12) as model:
         rungs: dict[tuple[float, ...], Rung] = {model.rung.answers_from: model.rung}
-        enter = model._enter
+        enter = model._ladder.enter
 
         def noted(rung: Rung) -> None:
             rungs.setdefault(rung.answers_from, rung)
             enter(rung)
 
-        monkeypatch.setattr(model, "_enter", noted)
+        monkeypatch.setattr(model._ladder, "enter", noted)
         x = traffic(40, 1, wrong_a=0.2, wrong_b=0.2)
         over, answered = threading.Event(), threading.Semaphore(0)
 
@@ -456,7 +457,7 @@ def test_a_shadow_that_fails_counts_as_a_disagreement(caplog: pytest.LogCaptureF
 def test_the_watch_survives_its_own_failures(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with caplog.at_level(logging.ERROR, logger="offramp"), watching() as model:
         with monkeypatch.context() as patched:
-            patched.setattr(model, "_heed", lambda *_args, **_more: 1 / 0)
+            patched.setattr(model, "_heed", lambda _told: 1 / 0)
             model(traffic(5, 1))
             model.settle()
         model(traffic(5, 1))

@@ -12,9 +12,10 @@ import pytest
 
 import offramp
 
-FUNCTIONS = {"evaluate", "fit", "load", "online", "optimize", "profile", "save", "split"}
+FUNCTIONS = {"evaluate", "fit", "load", "online", "optimize", "profile", "save", "split", "uncached"}
 VALUES = {
     *("CachedModel", "Certificate", "Evaluation", "Merging", "OnlineModel", "Plan", "Prediction", "Profile"),
+    "Refresh",
     "ResultCache",
 }
 ERRORS = {

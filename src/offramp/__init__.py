@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from offramp.evaluation import evaluate as evaluate
     from offramp.fitting import fit as fit
+    from offramp.fitting import uncached as uncached
     from offramp.merging import Merging as Merging
     from offramp.model import CachedModel as CachedModel
     from offramp.model import Prediction as Prediction
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from offramp.optimizing import optimize as optimize
     from offramp.profiling import Profile as Profile
     from offramp.profiling import profile as profile
+    from offramp.refresh import Refresh as Refresh
     from offramp.splitting import split as split
     from offramp.types import Certificate as Certificate
     from offramp.types import Evaluation as Evaluation
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "fit": "fitting",
+    "uncached": "fitting",
     "split": "splitting",
     "evaluate": "evaluation",
     "optimize": "optimizing",
@@ -63,6 +66,7 @@ _HOME = {
     "Merging": "merging",
     "CachedModel": "model",
     "OnlineModel": "online_model",
+    "Refresh": "refresh",
     "Prediction": "model",
     "ResultCache": "caches.result",
     "Plan": "types",

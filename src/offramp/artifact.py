@@ -24,7 +24,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,12 +93,31 @@ def load(
     model that it was made from is returned, with a warning. Raises ArtifactError when anything in the folder is
     damaged or does not belong to this backbone.
     """
-    folder = Path(path).resolve()
     _check_device(backbone, device)
+    return _load(
+        Path(path).resolve(), lambda folder, manifest, example: _split_again(folder, manifest, backbone, example)
+    )
+
+
+def load_onto(path: str | os.PathLike[str], split_model: SplitModel) -> CachedModel:
+    """The same, on a backbone that is split already, as the saved one was: nothing is traced. ArtifactError if not."""
+
+    def same(folder: Path, manifest: Mapping[str, Any], _: Batch) -> SplitModel:
+        saved = manifest["split"]
+        if split_model.fingerprint != saved["fingerprint"] or _points(split_model) != saved["points"]:
+            raise ArtifactError(
+                f"the artefact in {folder} belongs to another backbone: {_mismatch(split_model, saved)}"
+            )
+        return split_model
+
+    return _load(Path(path).resolve(), same)
+
+
+def _load(folder: Path, split_as_saved: Callable[[Path, Mapping[str, Any], Batch], SplitModel]) -> CachedModel:
     manifest = read_manifest(folder)
     tensors = _read_weights(folder, manifest["weights"])
     caches = _build_caches(folder, manifest["caches"], tensors)
-    split_model = _split_again(folder, manifest, backbone, _batch("example", tensors))
+    split_model = split_as_saved(folder, manifest, _batch("example", tensors))
     try:
         base = CachedModel(
             split_model,

@@ -7,6 +7,7 @@ import operator
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ from offramp.recording import CERTIFY, SHARES_CERTIFY_STREAM, SHARES_ONE_STREAM,
 from offramp.splitting import split
 from offramp.streams import Batch, check_stream, read_stream
 from offramp.tasks import task_named
-from offramp.types import CostTable
+from offramp.types import Certificate, CostTable, Plan
 
 WORK = ".offramp-fit"  # our folder in the user's workdir; nothing beside it is touched
 CLOSING_SHARE = 0.08  # of a time budget, kept back for costs and certification
 RECORDING_SHARE = 0.45  # of a time budget, the most that recording takes
 STAGES_S, STAGES_SHARE = 20.0, 0.10  # for measuring stages, and at most of a budget
 CACHES_S, CACHES_SHARE = 10.0, 0.05  # for measuring caches
+UNCACHED_S = 2.0  # for measuring stages, where nothing is learned yet
 
 
 def fit(
@@ -161,6 +163,44 @@ def learn(
         costs = measure_caches(costs, split_model, [candidate.cache for candidate in trained], budget_s=budget_s)
     clock.lap("measure_caches")
     return Learned(chosen_method, candidates, trained, costs, clock.seconds, time_budget_s, stop.requested, to_text)
+
+
+def uncached(
+    backbone: nn.Module,
+    example: object,
+    *,
+    tolerance: float = 0.01,
+    confidence_level: float = 0.95,
+    task: str = "classification",
+) -> CachedModel:
+    """The backbone as it is, split and measured but without caches: where a model begins that learns from its traffic.
+
+        model = offramp.online(offramp.uncached(backbone, x), refresh=offramp.Refresh())
+
+    example: one batch of inputs, in any form that a stream may yield. The other arguments are those of `fit`; they hold
+    for what will be learned. Raises InputError or SplitError; the backbone is left as it was.
+    """
+    chosen_task = task_named(task)
+    check_levels(tolerance, confidence_level)
+    _check_backbone(backbone, None)
+    batch, _ = _peek(backbone, [example])
+    split_model = split(backbone, batch.to(_device_of(backbone)))
+    costs = measure(split_model, batch_sizes=BATCH_SIZES, budget_s=UNCACHED_S)
+    _check_countable(costs)
+    certificate = Certificate(
+        tolerance=tolerance,
+        confidence_level=confidence_level,
+        n=0,
+        errors=0,
+        bound=0.0,
+        procedure="none needed: without caches nothing can differ",
+        candidates_tested=0,
+        backbone_fingerprint=split_model.fingerprint,
+        data_fingerprint="",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    plan = Plan(reason="nothing has been learned yet")
+    return CachedModel(split_model, (), plan, certificate, costs, task=chosen_task, summary={})
 
 
 # -- arguments -------------------------------------------------------------------------------------

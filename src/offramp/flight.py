@@ -108,6 +108,10 @@ class Flight:
             confidence, dtype=torch.float32, device=device
         )
 
+    def left_at(self) -> list[int]:
+        """(B,) where each row left."""
+        return self._exits()[0]
+
     def _exits(self) -> tuple[list[int], list[float]]:
         order = self._order()
         left_at = [number for part in self.answered for number in part.left_at]

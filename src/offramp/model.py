@@ -11,7 +11,7 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from offramp.types import Certificate, CostTable, Plan
 log = logging.getLogger("offramp")
 
 BACKBONE, RESULT = "backbone", "result"
+BROKEN_AFTER = 8  # look-ups of a cache that gave nothing but NaN: one may be a matter of the input
 
 _numbers = itertools.count()  # one per model of this process: whose answers a result cache holds
 
@@ -48,6 +49,13 @@ class Prediction:
     left_at_B: Tensor
     confidence_B: Tensor
     output: Any
+
+
+class Served(NamedTuple):
+    """What a plain call returns, and per row the number of the exit where it left, as in `Prediction`."""
+
+    output: Any
+    left_at: Callable[[], Sequence[int]]
 
 
 class _Routed(NamedTuple):
@@ -85,6 +93,7 @@ class CachedModel(nn.Module):
         self._lookups = _lookups(split, caches, plan)
         self._live_lookups = len(plan.caches)  # lookups from this one on are switched off
         self._answers_from = tuple(planned.threshold for planned in plan.caches)
+        self._unsure = [0] * len(plan.caches)  # look-ups in a row that gave nothing but NaN
         self._compaction = compaction_rule(costs)
         self._classes, self._dtype = self._output_form()
 
@@ -92,17 +101,25 @@ class CachedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's: same arguments, same output type. Raises InputError when the arguments do not fit."""
-        batch = as_call(args, kwargs)
+        return self.serve(as_call(args, kwargs)).output
+
+    def serve(self, batch: Batch) -> Served:
+        """The same, with where each row left: what a call knows on the host anyway, so nobody waits for it."""
         results = self._result_cache
         if results is not None and results.on:
-            return self.split_model.unflatten((self._recall_or_route(batch, results).logits_BC,))
+            routed = self._recall_or_route(batch, results)
+            return Served(self.split_model.unflatten((routed.logits_BC,)), routed.left_at_B.tolist)
         if len(batch) and self.bypasses(len(batch)):
             with torch.no_grad():
-                if self.split_model.optimized:
-                    return self.split_model.unflatten(self.split_model.full_leaves(batch))
-                self.split_model.flatten(batch)  # refuses the same inputs as with caches
-                return self.split_model.full(*args, **kwargs)
-        return self.split_model.unflatten((self._route(batch).logits(),))
+                return Served(self._full_output(batch), lambda: [len(self.plan.caches)] * len(batch))
+        flight = self._route(batch)
+        return Served(self.split_model.unflatten((flight.logits(),)), flight.left_at)
+
+    def _full_output(self, batch: Batch) -> Any:
+        if self.split_model.optimized:
+            return self.split_model.unflatten(self.split_model.full_leaves(batch))
+        self.split_model.flatten(batch)  # refuses the same inputs as with caches
+        return self.split_model.full(*batch.args, **batch.kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The same, and per row where it left and how sure that cache was."""
@@ -180,12 +197,23 @@ class CachedModel(nn.Module):
             if logits.device != activation.device or confidence.device != activation.device:
                 raise ValueError(f"answers on {logits.device} and {confidence.device}, inputs on {activation.device}")
             said[cache.name] = logits
-            return logits, confidence.tolist()  # waits for the device: what runs next depends on it
+            told: list[float] = confidence.tolist()  # waits for the device: what runs next depends on it
+            self._check_sure(slot, activation, told)
+            return logits, told
         except Exception:  # fail closed: no error of a cache may reach the caller
             if slot < self._live_lookups:  # the first to notice says it
                 self._live_lookups = slot
                 log.exception("cache %s failed; it and all later caches are switched off", cache.name)
             return None
+
+    def _check_sure(self, slot: int, activation: Tensor, confidence_L: Sequence[float]) -> None:
+        """A cache that is sure of nothing any more, look-up after look-up, though its inputs are finite, is broken."""
+        if all(map(math.isnan, confidence_L)) and bool(torch.isfinite(activation).all()):
+            self._unsure[slot] += 1
+            if self._unsure[slot] >= BROKEN_AFTER:
+                raise ValueError(f"it answered NaN alone in {BROKEN_AFTER} look-ups in a row")
+        elif self._unsure[slot]:
+            self._unsure[slot] = 0
 
     @torch.no_grad()
     def _recall_or_route(self, batch: Batch, results: ResultCache) -> _Routed:

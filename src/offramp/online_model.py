@@ -1,54 +1,51 @@
-"""A cached model in service: it is watched, and steps back before its promise is broken.
+"""A cached model in service: it is watched, steps back before its promise is broken, and learns from its traffic.
 
 The certificate holds for traffic like the inputs that it was certified on, and traffic changes. So a share of the
 requests is sampled, before anything is known about them. A sampled request that no cache answered agrees and costs
 nothing; of one that a cache answered the backbone's answer is found out afterwards, on a thread of its own (its
-*shadow*). Where more requests disagree than the tolerance allows, caches are taken out of service step by step:
+*shadow*). What is found goes to the ladder (`offramp.ladder`), which decides what answers. With a `Refresh` another
+process learns from recent inputs (`offramp.refresh`), and what it has certified takes the place of what serves. With a
+state folder all of that outlives this process (`offramp.state`).
 
-    certified -> tightened -> one cache off -> bypassed
-
-Every rung below the first is the certified model, `restricted`: its caches refuse requests that they would answer under
-the plan, and what they refuse is answered by the backbone, not by later caches, which were certified for other
-traffic. So what disagrees on a lower rung is a subset of what would disagree under the plan. A rung is immutable and
-each call reads it once: steps take effect between two calls.
-
-On a lower rung, sampled requests also tell what the plan would have answered. So the way back up needs no guess: it is
-taken when the same detector that raised the alarm, turned around, finds the plan's disagreement below the tolerance.
+A call reads what answers once, so steps and new plans take effect between two calls.
 """
 
 from __future__ import annotations
 
 import atexit
-import copy
 import logging
 import math
+import os
 import queue
 import random
+import shutil
+import tempfile
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.cost import shares
-from offramp.errors import InputError
+from offramp.artifact import load_onto, save
+from offramp.errors import InputError, OfframpError
+from offramp.ladder import ALARM, Ladder, Rung, Told
 from offramp.model import BACKBONE, RESULT, CachedModel, Prediction, as_call
-from offramp.monitoring import Detector, LatencySketch, Monitor
+from offramp.monitoring import LatencySketch, Monitor
+from offramp.rebuilding import OptimizedModel
+from offramp.refresh import Candidate, Refresh, Refresher
 from offramp.reservoir import Reservoir
+from offramp.state import StateFolder
 from offramp.streams import Batch
 
 log = logging.getLogger("offramp")
 
-CERTIFIED, TIGHTENED, ONE_OFF, BYPASSED = "certified", "tightened", "one cache off", "bypassed"
-RECENT_DISAGREEMENTS = 32  # among which the worst cache is looked for
-KEPT_STEPS = 100
 LATENCIES = (0.5, 0.95, 0.99)
+UPKEEP_S = 0.2  # how often it is looked whether something is due
+SAVED_S = 0.8  # how old the state on disk may become
 
 
 def online(
@@ -60,6 +57,8 @@ def online(
     keep_inputs: bool = True,
     reservoir_bytes: int = 64 << 20,
     seed: int | None = None,
+    refresh: Refresh | None = None,
+    state: str | os.PathLike[str] | None = None,
 ) -> OnlineModel:
     """Puts a certified model into service: the same calls and answers, watched, and stepping back when traffic changes.
 
@@ -73,40 +72,38 @@ def online(
     keep_inputs, reservoir_bytes: whether inputs are kept, and how many bytes of them; with `keep_inputs=False` no input
     outlives its shadow. seed: of all that is random here.
 
-    A plan without caches is served too; it never disagrees. The thread belongs to this process: after a fork, call
-    `online` in the child. InputError for arguments that make no sense.
+    refresh: learn from the traffic too, see `Refresh`; to begin without caches pass `offramp.uncached(backbone, x)`.
+    All certifications of the model's life share what they may fail with: 1 minus its confidence level, beside that of
+    the certificate that it came with.
+
+    state: a folder that keeps counts, evidence, plans, inputs and budget; call again with the same folder to go on,
+    after a crash too. The plan that served last then serves, whatever the plan of `cached`, whose backbone must be the
+    same.
+
+    A plan without caches is served too; it never disagrees. Threads belong to this process: after a fork, call `online`
+    in the child. InputError for arguments that make no sense; StorageError or ArtifactError for a state folder that
+    cannot be used.
     """
     if not 0 < shadow <= 1:
         raise InputError(f"shadow is {shadow!r}; expected a share of the requests above 0 and at most 1, such as 0.01")
     if queue_size < 1:
         raise InputError(f"queue_size is {queue_size!r}; expected a number of calls, at least 1")
-    reservoir = Reservoir(cached.split_model.example, reservoir_bytes, seed=seed) if keep_inputs else None
-    return OnlineModel(cached, _Sampler(shadow, seed), run_length, queue_size, reservoir)
-
-
-@dataclass(frozen=True)
-class Rung:
-    """What answers now. answers_from: per cache the least confidence that it answers with; infinity: never."""
-
-    name: str
-    model: CachedModel
-    answers_from: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A change of rung: when, at which request, between which rungs, why and on what evidence."""
-
-    at: str
-    request: int
-    before: str
-    after: str
-    reason: str
-    answers_from: Mapping[str, float | None]
-    evidence: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    if refresh is not None and not keep_inputs:
+        raise InputError("refresh learns from recent inputs, and keep_inputs is False; leave one of them out")
+    if refresh is not None and isinstance(cached, OptimizedModel):
+        raise InputError(
+            "an optimized model is not refreshed yet; serve the model that it was made from, `cached.origin.base`"
+        )
+    ladder, sampler = Ladder(cached, run_length, seed), _Sampler(shadow, seed)
+    folder = None if state is None else StateFolder(state)
+    try:
+        return OnlineModel(
+            ladder, sampler, queue_size, reservoir_bytes if keep_inputs else None, refresh=refresh, folder=folder
+        )
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
 
 
 @dataclass(frozen=True)
@@ -120,6 +117,16 @@ class _Sampled:
     confidence_B: Tensor
 
 
+@dataclass
+class _Counts:
+    """Of requests, since the life of the model began."""
+
+    requests: int = 0
+    dropped: int = 0
+    shadowed: int = 0
+    failed: int = 0
+
+
 class OnlineModel:
     """A cached model that is watched while it serves; made by `online`. May be called from many threads.
 
@@ -128,24 +135,51 @@ class OnlineModel:
     """
 
     def __init__(
-        self, cached: CachedModel, sampler: _Sampler, run_length: float, queue_size: int, reservoir: Reservoir | None
+        self,
+        ladder: Ladder,
+        sampler: _Sampler,
+        queue_size: int,
+        reservoir_bytes: int | None,
+        *,
+        refresh: Refresh | None,
+        folder: StateFolder | None,
     ) -> None:
-        self.reservoir = reservoir
-        self._sampler, self._run_length = sampler, run_length
-        self._tolerance = cached.certificate.tolerance
-        self._level = cached.certificate.confidence_level
-        self._top = Rung(CERTIFIED, cached, tuple(planned.threshold for planned in cached.plan.caches))
-        self._plan_alone = _without_bypass(cached)
+        self._ladder, self._sampler, self._folder = ladder, sampler, folder
         self._lock = threading.Lock()  # of what calls count: never held for long
-        self._watch = threading.RLock()  # of the monitor and the ladder; taken before the other one
-        self._requests = self._dropped = self._shadowed = self._failed = 0
-        self._latency = LatencySketch()
-        self._steps: deque[Step] = deque(maxlen=KEPT_STEPS)
-        self._enter(self._top)
-        self._closed = False
+        self._watch = threading.RLock()  # of the ladder and the plans; taken before the other one
+        self._counts, self._latency = _Counts(), LatencySketch()
+        self._closed = self._unsaved = False
+        cached = ladder.top.model
+        document = None if folder is None else folder.read()
+        seed, seen = sampler.seed, 0 if document is None else document["seen"]
+        inputs = None if folder is None else folder.inputs
+        self.reservoir = (
+            None
+            if reservoir_bytes is None
+            else Reservoir(cached.split_model.example, reservoir_bytes, seed=seed, folder=inputs, seen=seen)
+        )
+        self._scratch = None if folder is not None or refresh is None else Path(tempfile.mkdtemp(prefix="offramp-"))
+        self._refresher = None
+        if refresh is not None and self.reservoir is not None:
+            job = folder.refit if folder is not None else self._scratch
+            assert job is not None
+            self._refresher = Refresher(refresh, cached, self.reservoir, job, self._save_state)
+        self._keep_plans = 0 if refresh is None else refresh.keep
+        self._earlier: list[tuple[int, CachedModel]] = []  # plans that can be returned to, the latest last
+        self._number = 0  # of the plan that serves
+        if document is not None:
+            self._resume(document)
+        elif folder is not None:
+            self._keep_plan()
+            self._save_state()
         self._queue: queue.Queue[_Sampled | None] = queue.Queue(queue_size)
         self._thread = threading.Thread(target=self._judge_all, name="offramp-shadow", daemon=True)
         self._thread.start()
+        self._stop = threading.Event()
+        self._upkeep: threading.Thread | None = None
+        if self._refresher is not None or folder is not None:
+            self._upkeep = threading.Thread(target=self._keep_up, name="offramp-upkeep", daemon=True)
+            self._upkeep.start()
         atexit.register(self.close)  # a thread that is inside torch when the interpreter goes may take it down
 
     # -- the call ----------------------------------------------------------------------------------
@@ -162,31 +196,41 @@ class OnlineModel:
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, plainly: bool) -> Any:
         started = time.perf_counter()
         batch = as_call(args, kwargs)
-        rung = self._rung  # read once: all rows of a call are answered from one rung
+        rung = self._ladder.rung  # read once: all rows of a call are answered from one rung
+        model = rung.model
         rows = [] if self._closed else self._sampler.take(len(batch))
-        sampled = None
-        if rows:
-            index = torch.tensor(rows)
-            copied = batch.rows(index)  # before the call: a backbone may write into its inputs, and so may the caller
-            answer = rung.model.predict(*args, **kwargs)
-            told = (column_B[index] for column_B in (answer.answer_B, answer.left_at_B, answer.confidence_B))
-            sampled = _Sampled(rung, copied, *told)
-            answer = answer.output if plainly else answer
+        sampled, left_at = None, list[int]()
+        if rows or not plainly:
+            copied = batch.rows(torch.tensor(rows)) if rows else None  # before the call: a backbone may write into its
+            prediction = model.predict(*args, **kwargs)  # inputs, and so may the caller
+            answer, left_at = prediction.output if plainly else prediction, prediction.left_at_B.tolist()
+            if copied is not None:
+                index = torch.tensor(rows)
+                told = (prediction.answer_B, prediction.left_at_B, prediction.confidence_B)
+                sampled = _Sampled(rung, copied, *(column_B[index] for column_B in told))
         else:
-            answer = rung.model(*args, **kwargs) if plainly else rung.model.predict(*args, **kwargs)
+            served = model.serve(batch)
+            answer, left_at = served.output, list(served.left_at())
         self._keep(batch)
+        asked = bool(model.plan.caches) and not model.bypasses(len(batch))
         with self._lock:
-            self._requests += len(batch)
+            self._counts.requests += len(batch)
             self._latency.add(time.perf_counter() - started)
             if sampled is not None:
                 self._enqueue(sampled)
+            tired = asked and rung is self._ladder.rung and self._ladder.economy.must_rest(_routed(left_at, model))
+        if tired and not self._closed:
+            self._rest(rung)
         return answer
 
     def _keep(self, batch: Batch) -> None:
         if (reservoir := self.reservoir) is None:
             return
         try:
-            reservoir.add(self._top.model.split_model.like_example(batch))
+            kept = self._ladder.top.model.split_model.like_example(batch)
+            reservoir.add(kept)
+            if self._refresher is not None:
+                self._refresher.add(kept)
         except Exception:  # no error of ours may reach the caller
             self.reservoir = None
             log.exception("the reservoir failed; no inputs are kept from now on")
@@ -198,7 +242,13 @@ class OnlineModel:
                 raise queue.Full
             self._queue.put_nowait(sampled)
         except queue.Full:
-            self._dropped += len(sampled.batch)
+            self._counts.dropped += len(sampled.batch)
+
+    def _rest(self, rung: Rung) -> None:
+        with self._watch:
+            if self._ladder.rung is rung:  # nobody else was faster
+                self._tell_requests()
+                self._ladder.rest()
 
     # -- the shadow --------------------------------------------------------------------------------
 
@@ -215,38 +265,46 @@ class OnlineModel:
 
     def _judge(self, sampled: _Sampled) -> None:
         rung, exits = sampled.rung, sampled.rung.model.exits
-        if self._closed or rung is not self._rung:
+        if self._closed or rung is not self._ladder.rung:
             self._drop(len(sampled.batch))
             return
         caches = [None if exits[at] == BACKBONE else exits[at] for at in sampled.left_at_B.tolist()]
         confidences = sampled.confidence_B.tolist()
-        agrees, plan_agrees = self._agreement(sampled, [cache is not None for cache in caches])
+        seen = self._compare(sampled, [cache is not None for cache in caches])
         with self._watch:
             for row, cache in enumerate(caches):
-                if rung is not self._rung:  # a step was taken: this tells nothing about what answers now
+                if rung is not self._ladder.rung:  # a step was taken: this tells nothing about what answers now
                     self._drop(len(caches) - row)
                     return
-                self._heed(cache, confidences[row], agrees=agrees[row], plan_agrees=plan_agrees[row])
+                self._heed(Told(cache, confidences[row], seen[0][row], seen[1][row], seen[2][row]))
+
+    def _heed(self, told: Told) -> None:
+        self._tell_requests()
+        if self._ladder.heed(told) and self._refresher is not None:
+            self._refresher.want(ALARM)
+
+    def _tell_requests(self) -> None:
+        self._ladder.requests = self._counts.requests
 
     def _drop(self, rows: int) -> None:
         with self._lock:
-            self._dropped += rows
+            self._counts.dropped += rows
 
     @torch.inference_mode()
-    def _agreement(self, sampled: _Sampled, hits: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """Per sampled row whether what was answered agrees with the backbone, and whether the plan would have.
+    def _compare(self, sampled: _Sampled, hits: Sequence[bool]) -> tuple[list[bool], list[bool], list[int]]:
+        """Per sampled row whether what was answered agrees with the backbone, whether the plan's answer does, and where
+        it leaves under the plan.
 
         A shadow that fails disagrees: leaving it out would make the caches look better than they are.
         """
-        model, batch = self._plan_alone, sampled.batch
+        model, batch = self._ladder.plan_alone, sampled.batch
         plan_answer_B = answer_B = sampled.answer_B
-        runs = list(hits)
+        plan_exits, runs = sampled.left_at_B.tolist(), list(hits)
         try:
-            if sampled.rung is not self._top:
+            if sampled.rung is not self._ladder.top:
                 prediction = model.predict(*batch.args, **batch.kwargs)
-                plan_answer_B = prediction.answer_B
-                plan_hits = (prediction.left_at_B < len(model.plan.caches)).tolist()
-                runs = [hit or plan_hit for hit, plan_hit in zip(hits, plan_hits, strict=True)]
+                plan_answer_B, plan_exits = prediction.answer_B, prediction.left_at_B.tolist()
+                runs = [hit or at < len(model.plan.caches) for hit, at in zip(hits, plan_exits, strict=True)]
             rows = torch.tensor([row for row, run in enumerate(runs) if run], dtype=torch.long, device=answer_B.device)
             agrees_B, plan_agrees_B = torch.ones(2, len(runs), dtype=torch.bool, device=answer_B.device)
             if len(rows):
@@ -256,121 +314,164 @@ class OnlineModel:
                 plan_agrees_B[rows] = model.task.agree(plan_answer_B[rows], truth_B)
             agrees = [bool(agrees_B[row]) or not hit for row, hit in enumerate(hits)]
             with self._lock:
-                self._shadowed += len(rows)
-            return agrees, plan_agrees_B.tolist()
+                self._counts.shadowed += len(rows)
+            return agrees, plan_agrees_B.tolist(), plan_exits
         except Exception:
             log.exception("a shadow failed; its %d requests count as disagreements", sum(runs))
             with self._lock:
-                self._failed += sum(runs)
-            return [not hit for hit in hits], [False] * len(hits)
+                self._counts.failed += sum(runs)
+            return [not hit for hit in hits], [False] * len(hits), plan_exits
 
-    # -- the ladder --------------------------------------------------------------------------------
-
-    def _heed(self, cache: str | None, confidence: float, *, agrees: bool, plan_agrees: bool) -> None:
-        """Counts one sampled request, and takes the step that it calls for."""
-        if not agrees and cache is not None:
-            self._culprits.append(cache)
-        alarm = self._monitor.observe(cache, confidence, agrees=agrees)
-        if alarm is not None:
-            self._descend("more requests disagree than the tolerance allows", alarm.to_json())
-        elif self._recovery is not None:
-            evidence = self._recovery.observe(float(plan_agrees))
-            if evidence is not None:
-                self._rise("the plan disagrees less than the tolerance allows", {"evidence": evidence})
+    # -- steps by hand -----------------------------------------------------------------------------
 
     def step_back(self, reason: str = "asked for") -> None:
         """Take the next step down by hand: tighten, then one cache off, then bypass. No effect once bypassed."""
         with self._watch:
-            self._descend(reason, {})
+            self._tell_requests()
+            self._ladder.step_back(reason)
 
     def restore(self, reason: str = "asked for") -> None:
         """Serve the certified plan again, whatever the evidence. No effect where it is served."""
         with self._watch:
-            if self._rung is not self._top:
-                self._rise(reason, {})
+            self._tell_requests()
+            self._ladder.restore(reason)
 
-    def _descend(self, reason: str, evidence: dict[str, Any]) -> None:
-        if self._rung.name == BYPASSED:
+    def refresh(self, reason: str = "asked for") -> bool:
+        """Learn from recent traffic now; whether that begins. No, where it is under way. InputError without a `Refresh`
+        policy."""
+        if self._refresher is None:
+            raise InputError(
+                "this model does not learn: it was put into service without `refresh=offramp.Refresh(...)`"
+            )
+        return self._refresher.want(reason)
+
+    def roll_back(self, reason: str = "asked for") -> bool:
+        """Serve the plan before this one again, under its own certificate; whether there is one."""
+        with self._watch:
+            if not self._earlier:
+                return False
+            number, cached = self._earlier.pop()
+            self._tell_requests()
+            self._ladder.adopt(cached, f"back to plan {number}: {reason}")
+            self._number = number
+        return True
+
+    # -- plans and state ---------------------------------------------------------------------------
+
+    def _keep_up(self) -> None:
+        """What is due besides answering: learning, and writing down what was counted."""
+        written = time.monotonic()
+        while not self._stop.wait(UPKEEP_S):
+            if self._refresher is not None and self.reservoir is not None:
+                candidate = self._refresher.tick(self._ladder.rung)
+                if candidate is not None:
+                    self._adopt(candidate)
+            if self._folder is not None and time.monotonic() - written >= SAVED_S:
+                self._try_to_save()
+                written = time.monotonic()
+
+    def _adopt(self, candidate: Candidate) -> None:
+        """The plan is on disk, and is named there, before it answers."""
+        before = self._number, self._ladder.top.model
+        self._number = max([self._number, *(number for number, _ in self._earlier)]) + 1
+        try:
+            self._keep_plan(candidate.cached)
+            candidate.cached.result_cache = before[1].result_cache
+            with self._watch:
+                self._earlier = [*self._earlier, before][-self._keep_plans :] if self._keep_plans else []
+                self._tell_requests()
+                self._ladder.adopt(candidate.cached, candidate.reason, candidate.evidence)
+        except OfframpError as error:
+            self._number = before[0]
+            log.warning("a new plan could not be kept, so it is not taken into service: %s", error)
+        self._try_to_save()
+        self._forget_plans()
+
+    def _keep_plan(self, cached: CachedModel | None = None) -> None:
+        if self._folder is not None:
+            save(self._ladder.top.model if cached is None else cached, self._folder.plan(self._number))
+
+    def _forget_plans(self) -> None:
+        if self._folder is None:
             return
-        name, answers_from = BYPASSED, (math.inf,) * len(self._rung.answers_from)
-        if self._rung.name == CERTIFIED:
-            name, answers_from = TIGHTENED, self._tightened()
-        elif self._rung.name == TIGHTENED:
-            name, answers_from = ONE_OFF, self._without_worst()
-        if not self._pays(answers_from):
-            name, answers_from = BYPASSED, (math.inf,) * len(answers_from)
-        self._move(Rung(name, self._top.model.restricted(answers_from), answers_from), reason, evidence)
+        kept = {self._folder.plan(number) for number in (self._number, *(number for number, _ in self._earlier))}
+        for path in self._folder.plans.iterdir():
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _rise(self, reason: str, evidence: dict[str, Any]) -> None:
-        self._top = replace(self._top)  # another rung than before: calls sampled there belong to what is over
-        self._move(self._top, reason, evidence)
+    def _try_to_save(self) -> None:
+        try:
+            self._save_state()
+            self._unsaved = False
+        except OfframpError as error:
+            if not self._unsaved:
+                log.warning("what was counted cannot be written down; answering goes on: %s", error)
+            self._unsaved = True
 
-    def _tightened(self) -> tuple[float, ...]:
-        """Each cache keeps about the surer half of its hits; one without any keeps half of the doubt."""
-        limits = []
-        for planned in self._top.model.plan.caches:
-            counts = self._monitor.caches[planned.name]
-            limit = counts.upper_half() if counts.hits else 1 - (1 - planned.threshold) / 2
-            limits.append(max(limit, planned.threshold))
-        return tuple(limits)
+    def _save_state(self) -> None:
+        if self._folder is None:
+            return
+        with self._watch, self._lock:
+            document = {
+                "backbone": self._ladder.top.model.split_model.fingerprint,
+                "plan": self._number,
+                "earlier": [number for number, _ in self._earlier],
+                "seen": 0 if self.reservoir is None else self.reservoir.seen,
+                "counts": vars(self._counts) | {},
+                "latency": self._latency.to_json(),
+                "ladder": self._ladder.to_json(),
+                "refresh": None if self._refresher is None else self._refresher.to_json(),
+            }
+        self._folder.write(document)
 
-    def _without_worst(self) -> tuple[float, ...]:
-        """The same without the cache that most of the latest disagreements are from; without all if none is known."""
-        names = [planned.name for planned in self._top.model.plan.caches]
-        found = Counter(name for name in self._culprits if name in names).most_common(1)
-        return tuple(
-            math.inf if not found or name == found[0][0] else limit
-            for name, limit in zip(names, self._rung.answers_from, strict=True)
-        )
+    def _resume(self, document: Mapping[str, Any]) -> None:
+        """Go on where another process has ended."""
+        split_model = self._ladder.top.model.split_model
+        if document["backbone"] != split_model.fingerprint:
+            raise InputError(
+                f"the state is that of another backbone ({document['backbone'][:12]}, this one is "
+                f"{split_model.fingerprint[:12]}); begin a new life in another folder"
+            )
+        self._counts, self._latency = _Counts(**document["counts"]), LatencySketch.from_json(document["latency"])
+        if self._refresher is not None and document["refresh"] is not None:
+            self._refresher.resume(document["refresh"])
+        for number in document["earlier"]:
+            if (cached := self._plan_again(number)) is not None:
+                self._earlier.append((number, cached))
+        self._number = document["plan"]
+        cached = self._plan_again(self._number)
+        if cached is not None:
+            self._ladder.adopt(cached, "the process was started again")
+            self._ladder.steps.clear()
+            try:
+                self._ladder.resume(document["ladder"])
+            except (KeyError, TypeError, ValueError) as error:
+                log.warning("what was known about the plan cannot be used, so the watch begins anew: %s", error)
+        elif self._earlier:
+            self._number, cached = self._earlier.pop()
+            self._ladder.adopt(cached, "the plan that served cannot be read: back to the one before")
+        else:
+            self._ladder.step_back("the plan that served cannot be read")
 
-    def _pays(self, answers_from: Sequence[float]) -> bool:
-        """Whether requests like the sampled ones cost less than the full model if caches answered from there on.
-
-        A cache that answers less is looked up as often, up to the last one that answers at all.
-        """
-        live = 1 + max((k for k, limit in enumerate(answers_from) if limit < math.inf), default=-1)
-        routed = self._monitor.sampled - self._monitor.caches[RESULT].hits
-        if live == 0 or routed == 0:
-            return live > 0
-        before_K, cache_K = shares(self._top.model.costs)
-        looked_up_K = np.cumsum(cache_K)
-        cost, left = 0.0, 1.0
-        for k, planned in enumerate(self._top.model.plan.caches[:live]):
-            hits = self._monitor.caches[planned.name].at_least(answers_from[k]) if answers_from[k] < math.inf else 0
-            share = hits / routed
-            cost, left = cost + share * float(before_K[k] + looked_up_K[k]), left - share
-        return cost + left * (1 + float(looked_up_K[live - 1])) < 1
-
-    def _move(self, rung: Rung, reason: str, evidence: dict[str, Any]) -> None:
-        names = (planned.name for planned in rung.model.plan.caches)
-        limits = {n: limit if limit < math.inf else None for n, limit in zip(names, rung.answers_from, strict=True)}
-        watched = {"disagreement": self._monitor.disagreement(self._level), **evidence}
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        step = Step(now, self._requests, self._rung.name, rung.name, reason, limits, watched)
-        self._steps.append(step)
-        log.warning("%s -> %s: %s; %s", step.before, step.after, reason, watched)
-        self._enter(rung)
-
-    def _enter(self, rung: Rung) -> None:
-        """What was seen under another rung says nothing about this one, so the watch begins anew."""
-        caches = [planned.name for planned in rung.model.plan.caches]
-        self._monitor = Monitor([*caches, RESULT], self._tolerance, self._run_length, seed=self._sampler.seed)
-        self._culprits: deque[str] = deque(maxlen=RECENT_DISAGREEMENTS)
-        # Agreements against what they have to exceed: it bounds false recoveries as the other bounds false alarms.
-        self._recovery = None if rung is self._top else Detector(1 - self._tolerance, self._run_length)
-        self._rung = rung
+    def _plan_again(self, number: int) -> CachedModel | None:
+        assert self._folder is not None
+        try:
+            return load_onto(self._folder.plan(number), self._ladder.top.model.split_model)
+        except OfframpError as error:
+            log.warning("plan %d cannot be served again: %s", number, error)
+            return None
 
     # -- the rest ----------------------------------------------------------------------------------
 
     @property
     def rung(self) -> Rung:
         """What answers now."""
-        return self._rung
+        return self._ladder.rung
 
     def monitor(self) -> Monitor:
         """What is known since the last step. `offramp.monitoring.merge` adds up those of several processes."""
         with self._watch:
-            return Monitor.from_json(self._monitor.to_json())
+            return Monitor.from_json(self._ladder.monitor.to_json())
 
     def latency(self) -> LatencySketch:
         """A copy of the durations of all calls: until they returned, without waiting for an accelerator."""
@@ -379,21 +480,21 @@ class OnlineModel:
 
     def report(self) -> dict[str, Any]:
         """The state as one JSON document. Hit rates and disagreement are those of the requests sampled since the last
-        step; durations are in milliseconds."""
+        step; durations are in milliseconds, costs in units of the backbone's."""
         with self._watch, self._lock:
-            monitor = self._monitor
+            ladder, monitor = self._ladder, self._ladder.monitor
             return {
-                "rung": self._rung.name,
-                "requests": self._requests,
+                "rung": ladder.rung.name,
+                "plan": self._number,
+                "earlier_plans": [number for number, _ in self._earlier],
+                **vars(self._counts),
                 "shadow": self._sampler.share,
                 "sampled": monitor.sampled,
-                "shadowed": self._shadowed,
-                "dropped": self._dropped,
-                "failed": self._failed,
-                "tolerance": self._tolerance,
-                "disagreement": monitor.disagreement(self._level),
-                "evidence": {"alarm": monitor.evidence, "run_length": self._run_length}
-                | ({} if self._recovery is None else {"recovery": self._recovery.evidence}),
+                "tolerance": ladder.tolerance,
+                "disagreement": monitor.disagreement(ladder.confidence_level),
+                "evidence": {"alarm": monitor.evidence, "run_length": ladder.run_length}
+                | ({} if ladder.recovery is None else {"recovery": ladder.recovery.evidence}),
+                "economy": ladder.economy.to_json(),
                 "caches": {
                     name: {
                         "hits": counts.hits,
@@ -404,11 +505,12 @@ class OnlineModel:
                     if name != RESULT or counts.hits
                 },
                 "alarms": [alarm.to_json() for alarm in monitor.alarms],
-                "steps": [step.to_json() for step in self._steps],
+                "steps": [step.to_json() for step in ladder.steps],
                 "latency_ms": {f"p{100 * share:g}": _ms(self._latency.quantile(share)) for share in LATENCIES},
                 "reservoir": None
                 if self.reservoir is None
                 else {"rows": len(self.reservoir), "bytes": self.reservoir.bytes, "seen": self.reservoir.seen},
+                "refresh": None if self._refresher is None else self._refresher.report(),
             }
 
     def settle(self) -> None:
@@ -416,13 +518,24 @@ class OnlineModel:
         self._queue.join()
 
     def close(self) -> None:
-        """End the watch: the shadow that is running is finished, those that wait are dropped. May be called twice."""
+        """End the watch: the shadow that is running is finished, those that wait are dropped, a refit is ended, and
+        what was counted is written down. May be called twice."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
         self._queue.put(None)
         self._thread.join()
+        self._stop.set()
+        if self._upkeep is not None:
+            self._upkeep.join()
+        if self._refresher is not None:
+            self._refresher.close()
+        if self._folder is not None:
+            self._try_to_save()
+            self._folder.close()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -458,12 +571,9 @@ class _Sampler:
         return int(math.log(1 - self._random.random()) / math.log1p(-self.share))
 
 
-def _without_bypass(cached: CachedModel) -> CachedModel:
-    """The plan as it was certified: bypassed at no batch size, and without stored answers."""
-    model = copy.copy(cached)
-    model.plan = replace(cached.plan, bypass_batch_sizes=())
-    model.result_cache = None
-    return model
+def _routed(left_at: Sequence[int], model: CachedModel) -> list[int]:
+    """Those of the exits whose requests had no stored answer."""
+    return [at for at in left_at if at <= len(model.plan.caches)]
 
 
 def _ms(seconds: float | None) -> float | None:
