@@ -161,9 +161,8 @@ def flood(run: Run) -> None:
     during = run.report()
     run.load(episode, run.options.flood)
     after = run.report()
-    episode.notes.append(
-        f"mean cost in the flood {during['economy']['mean_cost']:.3f}, {during['rung']}; then {after['rung']}"
-    )
+    cost = during["economy"]["mean_cost"]
+    episode.notes.append(f"mean cost in the flood {cost:.3f}, {during['rung']}; then {after['rung']}")
     steps = [step["reason"] for step in after["steps"]]
     rested = any("cost more than they save" in reason for reason in steps)
     episode.checks["the cost is capped"] = rested or cost < MOST_COST
@@ -238,6 +237,6 @@ def table(document: dict[str, Any]) -> str:
 
 
 def quick(options: argparse.Namespace) -> None:
-    options.parts, options.tolerance, options.fit_budget = (3000, 1500, 1200), 0.05, 150.0
+    options.parts, options.tolerance, options.fit_budget = (3000, 1500, 1600), 0.05, 150.0
     options.episode, options.flood, options.load, options.kill_after_s = 60, 700, 4000, 1.0
     options.policy = {"certify_rows": 200, "time_budget_s": 30.0}

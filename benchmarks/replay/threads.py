@@ -22,7 +22,7 @@ from merging import Half
 from torch import Tensor
 
 import offramp
-from offramp.ladder import Rung
+from offramp.ladder import BYPASSED, Rung
 from offramp.model import CachedModel
 from offramp.online_model import OnlineModel
 from offramp.refresh import Candidate
@@ -143,7 +143,8 @@ def judged(rungs: list[Rung], said: list[tuple[int, Tensor]], batches: list[Tens
 
 
 def _name(rung: Rung) -> str:
-    return f"{rung.name}: {', '.join(planned.name for planned in rung.model.plan.caches)}"
+    names = [planned.name for planned in rung.model.plan.caches]
+    return rung.name if rung.name == BYPASSED else f"{rung.name}: {', '.join(names)}"
 
 
 def _bytes(output: Tensor) -> bytes:
