@@ -37,7 +37,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.caches import LearnedCache
 from offramp.errors import InputError
-from offramp.model import BACKBONE, CachedModel, Prediction
+from offramp.model import BACKBONE, BROKEN_AFTER, CachedModel, Prediction
 from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
 from offramp.tasks import Classification
@@ -620,3 +620,37 @@ def test_report_holds_the_summary_the_plan_and_the_certificate(cnn: SplitModel, 
 def test_rows_of_the_example_are_answered(cnn: SplitModel, three: list[LearnedCache]) -> None:
     example: Batch = cnn.example
     assert cached_model(cnn, three, [0.7] * 3)(*example.args).shape == (len(example), 5)
+
+
+def test_a_cache_that_says_nothing_but_nan_is_switched_off(
+    cnn: SplitModel, three: list[LearnedCache], caplog: pytest.LogCaptureFixture
+) -> None:
+    cached = models.cached_model(cnn, three, [0.5] * len(three))
+    with torch.no_grad():
+        three[0].head.weight.fill_(torch.nan)
+    for _ in range(BROKEN_AFTER - 1):
+        cached(images(2))
+    assert not caplog.records
+    cached(images(2))
+    assert [record.message for record in caplog.records] == [
+        f"cache {three[0].name} failed; it and all later caches are switched off"
+    ]
+    assert cached.bypasses(1)
+
+
+def test_inputs_that_are_nan_themselves_break_no_cache(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    cached = models.cached_model(cnn, three, [0.5] * len(three))
+    for _ in range(2 * BROKEN_AFTER):
+        cached(torch.full((2, 3, 16, 16), torch.nan))
+    assert not cached.bypasses(1)
+
+
+def test_where_rows_left_is_told_beside_the_output(cnn: SplitModel, three: list[LearnedCache]) -> None:
+    cached = models.cached_model(cnn, three, models.thresholds_at(cnn, three, [0.5] * len(three)))
+    for rows in (0, 1, 7):
+        x = images(rows)
+        served, prediction = cached.serve(Batch((x,))), cached.predict(x)
+        assert torch.equal(served.output, prediction.output)
+        assert list(served.left_at()) == prediction.left_at_B.tolist()
+    bypassed = models.cached_model(cnn, three, [0.5] * len(three), bypass=(1, 8, 32))
+    assert list(bypassed.serve(Batch((images(3),))).left_at()) == [len(three)] * 3

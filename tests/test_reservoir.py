@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from offramp.errors import InputError
-from offramp.reservoir import Reservoir
+from offramp.errors import InputError, StorageError
+from offramp.reservoir import Fresh, Reservoir
 from offramp.streams import Batch
 
 EXAMPLE = Batch((torch.zeros(1, 2),), {"mask": torch.zeros(1, dtype=torch.long)})
@@ -91,3 +93,55 @@ def test_many_threads_fill_it() -> None:
 def test_too_little_room_is_refused() -> None:
     with pytest.raises(InputError, match=rf"31 bytes have no room.*expected at least {2 * ROW_BYTES}"):
         Reservoir(EXAMPLE, 31)
+
+
+@pytest.mark.parametrize("rows", [0, 5, 7, 8, 13, 14, 40])
+def test_the_input_of_each_request_once(rows: int) -> None:
+    reservoir = Reservoir(EXAMPLE, 2 * 7 * ROW_BYTES, seed=3)
+    for number in range(rows):
+        reservoir.add(numbered(number, 1))
+    uniform, recent = parts(reservoir)
+    once = reservoir.requests().kwargs["mask"].tolist()
+    assert sorted(once) == sorted({*uniform, *recent})
+    assert reservoir.different == len(once)
+    assert once[len(once) - len(recent) :] == recent, "the newest last"
+
+
+def test_files_outlive_it(tmp_path: Path) -> None:
+    first = Reservoir(EXAMPLE, 2 * 7 * ROW_BYTES, seed=1, folder=tmp_path)
+    first.add(numbered(0, 20))
+    kept = first.inputs()
+    again = Reservoir(EXAMPLE, 2 * 7 * ROW_BYTES, seed=2, folder=tmp_path, seen=first.seen)
+    assert torch.equal(again.inputs().kwargs["mask"], kept.kwargs["mask"])
+    again.add(numbered(20, 2))
+    assert parts(again)[1] == list(range(15, 22))
+
+
+def test_files_of_another_size_are_begun_anew(tmp_path: Path) -> None:
+    Reservoir(EXAMPLE, 2 * 7 * ROW_BYTES, folder=tmp_path).add(numbered(1, 5))
+    smaller = Reservoir(EXAMPLE, 2 * 3 * ROW_BYTES, folder=tmp_path)
+    smaller.add(numbered(1, 1))
+    assert smaller.inputs().kwargs["mask"].tolist() == [1, 1]
+
+
+def test_a_full_disk_is_told_before_anything_is_written_through_a_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left on device. Free some space, or pass a smaller"):
+        Reservoir(EXAMPLE, 1 << 10, folder=tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [20], [1] * 12, [10, 5]])
+def test_the_next_inputs_are_all_taken_and_no_more(sizes: list[int]) -> None:
+    fresh, first = Fresh(10), 0
+    for rows in sizes:
+        batch = numbered(first, rows)
+        fresh.add(batch)
+        batch.kwargs["mask"].fill_(99)
+        first += rows
+    assert fresh.full
+    assert fresh.inputs().kwargs["mask"].tolist() == list(range(10))

@@ -9,7 +9,7 @@ a schedule that is fixed before anything is seen: the k-th new certification may
 By the union bound all certificates of a life then hold together with probability 1 - total at the least, however many
 there are, whatever made somebody ask for them, and whether they passed. (Shares of this form are spent slowly, as in
 alpha-spending: Lan and DeMets, Biometrika 70, 1983; the hundredth certification still has 1/10,100 of the allowance,
-which takes 2.6 times the inputs of the first one, not 5,000 times.)
+which takes 3.3 times the inputs of the first one.)
 """
 
 from __future__ import annotations

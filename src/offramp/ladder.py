@@ -33,6 +33,7 @@ from offramp.monitoring import Detector, Monitor
 log = logging.getLogger("offramp")
 
 CERTIFIED, TIGHTENED, ONE_OFF, BYPASSED, RESTING = "certified", "tightened", "one cache off", "bypassed", "resting"
+STEPPED_BACK = (TIGHTENED, ONE_OFF, BYPASSED)
 ALARM = "more requests disagree than the tolerance allows"
 RECENT_DISAGREEMENTS = 32  # among which the worst cache is looked for
 KEPT_STEPS = 100
@@ -116,23 +117,21 @@ class Ladder:
 
     # -- evidence ----------------------------------------------------------------------------------
 
-    def heed(self, told: Told) -> bool:
-        """Counts one sampled request and takes the step that it calls for; whether it raised the alarm."""
+    def heed(self, told: Told) -> None:
+        """Counts one sampled request, and takes the step that it calls for."""
         if self._trial is not None:
             if self._trial.pays(told.plan_exit):
                 self._wake()
-            return False
+            return
         if not told.agrees and told.cache is not None:
             self.culprits.append(told.cache)
         alarm = self.monitor.observe(told.cache, told.confidence, agrees=told.agrees)
         if alarm is not None:
             self.step_back(ALARM, alarm.to_json())
-            return True
-        if self.recovery is not None:
+        elif self.recovery is not None:
             evidence = self.recovery.observe(float(told.plan_agrees))
             if evidence is not None:
                 self.restore("the plan disagrees less than the tolerance allows", {"evidence": evidence})
-        return False
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -148,6 +147,10 @@ class Ladder:
         if not self._pays(answers_from):
             name, answers_from = BYPASSED, (math.inf,) * len(answers_from)
         self._move(self._restricted(name, answers_from), reason, evidence)
+
+    def bypass(self, reason: str) -> None:
+        """No cache answers any more."""
+        self._move(self._restricted(BYPASSED, (math.inf,) * len(self.rung.answers_from)), reason, {})
 
     def restore(self, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         """Serve the certified plan again. No effect where it is served."""

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from offramp.artifact import load_onto, save
 from offramp.errors import InputError, OfframpError
-from offramp.ladder import ALARM, Ladder, Rung, Told
+from offramp.ladder import Ladder, Rung, Told
 from offramp.model import BACKBONE, RESULT, CachedModel, Prediction, as_call
 from offramp.monitoring import LatencySketch, Monitor
 from offramp.rebuilding import OptimizedModel
@@ -170,7 +170,7 @@ class OnlineModel:
         if document is not None:
             self._resume(document)
         elif folder is not None:
-            self._keep_plan()
+            self._keep_plan(self._number, cached)
             self._save_state()
         self._queue: queue.Queue[_Sampled | None] = queue.Queue(queue_size)
         self._thread = threading.Thread(target=self._judge_all, name="offramp-shadow", daemon=True)
@@ -280,8 +280,7 @@ class OnlineModel:
 
     def _heed(self, told: Told) -> None:
         self._tell_requests()
-        if self._ladder.heed(told) and self._refresher is not None:
-            self._refresher.want(ALARM)
+        self._ladder.heed(told)
 
     def _tell_requests(self) -> None:
         self._ladder.requests = self._counts.requests
@@ -371,25 +370,26 @@ class OnlineModel:
                 written = time.monotonic()
 
     def _adopt(self, candidate: Candidate) -> None:
-        """The plan is on disk, and is named there, before it answers."""
-        before = self._number, self._ladder.top.model
-        self._number = max([self._number, *(number for number, _ in self._earlier)]) + 1
+        """The plan is on disk before it answers, and before the state names it."""
+        number = max([self._number, *(number for number, _ in self._earlier)]) + 1
         try:
-            self._keep_plan(candidate.cached)
-            candidate.cached.result_cache = before[1].result_cache
-            with self._watch:
-                self._earlier = [*self._earlier, before][-self._keep_plans :] if self._keep_plans else []
-                self._tell_requests()
-                self._ladder.adopt(candidate.cached, candidate.reason, candidate.evidence)
+            self._keep_plan(number, candidate.cached)
         except OfframpError as error:
-            self._number = before[0]
             log.warning("a new plan could not be kept, so it is not taken into service: %s", error)
+            return
+        with self._watch:
+            before = self._number, self._ladder.top.model
+            candidate.cached.result_cache = before[1].result_cache
+            self._earlier = [*self._earlier, before][-self._keep_plans :] if self._keep_plans else []
+            self._tell_requests()
+            self._ladder.adopt(candidate.cached, candidate.reason, candidate.evidence)
+            self._number = number
         self._try_to_save()
         self._forget_plans()
 
-    def _keep_plan(self, cached: CachedModel | None = None) -> None:
+    def _keep_plan(self, number: int, cached: CachedModel) -> None:
         if self._folder is not None:
-            save(self._ladder.top.model if cached is None else cached, self._folder.plan(self._number))
+            save(cached, self._folder.plan(number))
 
     def _forget_plans(self) -> None:
         if self._folder is None:
@@ -403,7 +403,7 @@ class OnlineModel:
         try:
             self._save_state()
             self._unsaved = False
-        except OfframpError as error:
+        except (OfframpError, OSError) as error:
             if not self._unsaved:
                 log.warning("what was counted cannot be written down; answering goes on: %s", error)
             self._unsaved = True
@@ -451,7 +451,7 @@ class OnlineModel:
             self._number, cached = self._earlier.pop()
             self._ladder.adopt(cached, "the plan that served cannot be read: back to the one before")
         else:
-            self._ladder.step_back("the plan that served cannot be read")
+            self._ladder.bypass("the plan that served cannot be read")
 
     def _plan_again(self, number: int) -> CachedModel | None:
         assert self._folder is not None

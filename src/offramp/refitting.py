@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -132,8 +133,9 @@ def old_name(name: str) -> str:
 # -- the process -----------------------------------------------------------------------------------
 
 
-def keep_to_share(share: float) -> None:
-    """From now on this process takes at most this share of all processors on average: it sleeps when it is ahead."""
+@contextmanager
+def keeping_to_share(share: float) -> Iterator[None]:
+    """Within, this process takes at most this share of all processors on average: it sleeps when it is ahead."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, math.floor(share * processors)))
     os.nice(10)
@@ -146,6 +148,10 @@ def keep_to_share(share: float) -> None:
 
     signal.signal(signal.SIGALRM, pause)
     signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def end_with_parent() -> None:
@@ -164,8 +170,8 @@ def main(folder: Path) -> None:
     # Our parent's own model, through a pipe.
     backbone = torch.load(io.BytesIO(sys.stdin.buffer.read(length)), weights_only=False)
     end_with_parent()
-    keep_to_share(json.loads((folder / JOB).read_text())["cpu_share"])
-    outcome = refit(folder, backbone)
+    with keeping_to_share(json.loads((folder / JOB).read_text())["cpu_share"]):
+        outcome = refit(folder, backbone)
     write_whole(folder / OUTCOME, json.dumps(outcome).encode())
 
 

@@ -35,7 +35,7 @@ from offramp.artifact import load_onto, save
 from offramp.budget import FailureBudget
 from offramp.calibration import inputs_needed
 from offramp.errors import InputError, OfframpError
-from offramp.ladder import ALARM, Rung, finite
+from offramp.ladder import ALARM, STEPPED_BACK, Rung, finite
 from offramp.model import CachedModel
 from offramp.reservoir import Fresh, Reservoir
 from offramp.splitting import SplitModel
@@ -190,27 +190,34 @@ class Refresher:
     def _tick(self, serving: Rung) -> Candidate | None:
         if self._process is not None:
             return self._harvest(self._process)
-        if self._fresh is not None:
+        alarmed = self.policy.on_alarm and serving.name in STEPPED_BACK
+        if self.busy and alarmed and self._reason != ALARM:  # what was gathered is from before the traffic changed
+            self._plan_for(ALARM)
+        elif self._fresh is not None:
             if self._fresh.full:
                 self._begin(self._fresh.inputs(), serving)
         elif self._snapshot_at is not None:
             if self._reservoir.seen >= self._snapshot_at:
                 self._snapshot()
-        elif (reason := self._due()) is not None:
-            self._reason, waits = reason, self.policy.drift_rows if reason == ALARM else 0
-            self._snapshot_at = self._reservoir.seen + waits
+        elif (reason := self._due(alarmed=alarmed)) is not None:
+            self._plan_for(reason)
         return None
 
-    def _due(self) -> str | None:
+    def _plan_for(self, reason: str) -> None:
+        """Inputs are gathered from now on, or once there are enough of the changed traffic."""
+        self._reason, self._fresh = reason, None
+        self._snapshot_at = self._reservoir.seen + (self.policy.drift_rows if reason == ALARM else 0)
+
+    def _due(self, *, alarmed: bool) -> str | None:
         """Why it is time to learn; None where it is not."""
         with self._lock:
             wanted, self._wanted = self._wanted, None
-        if wanted is not None and wanted != ALARM:
-            return wanted
-        if wanted == ALARM and self.policy.on_alarm and self._reservoir.seen >= self._not_before:
+        if wanted is not None:
             return wanted
         if self._reservoir.seen < self._not_before:
             return None
+        if alarmed:
+            return ALARM
         held, policy = self._reservoir.different, self.policy
         if held >= max(policy.train_rows, policy.growth * self._held_at_last):
             return "there is more traffic to learn from"
