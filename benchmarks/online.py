@@ -72,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=57_500, help="cold: at most (default: all pictures)")
     parser.add_argument("--population", choices=cold.ABOUT, default="all", help="cold: which pictures (default all)")
     parser.add_argument("--fit-budget", type=float, default=400.0, help="drift, cost: seconds of the fit before")
+    parser.add_argument("--method", default="offramp", help="of the fit before (default offramp)")
     parser.add_argument("--refresh-budget", type=float, default=90.0, help="cold, drift: seconds of one refit")
     parser.add_argument(
         "--cpu-share", type=float, default=0.5, help="cold, drift: of all processors, for refits (default 0.5)"

@@ -253,6 +253,63 @@ def test_false_alarms_are_counted_on_recorded_requests() -> None:
     assert alarms(float(wrong_N.mean()) / 2) > 20
 
 
+# -- faults ----------------------------------------------------------------------------------------
+
+
+def test_an_episode_is_about_the_requests_that_were_answered() -> None:
+    siege = load("replay.siege")
+    episode = siege.Episode("x", sent=110, unanswered=5, wrong=3, errors=["e"] * 5)
+    row = episode.to_json(0.05)
+    assert row["p_value"] == pytest.approx(load("replay.ledger").p_above(3, 100, 0.05))
+    assert row["checks"] == {"no call raises": False, "within the tolerance": True}
+    assert siege.Episode("y", sent=100, wrong=30).to_json(0.05)["checks"]["within the tolerance"] is False
+
+
+def test_what_was_not_shown_is_said() -> None:
+    faults = load("replay.faults")
+    rows = [load("replay.siege").Episode("x", sent=10).to_json(0.05)]
+    rows[0]["checks"]["it holds"] = False
+    text = faults.table({"rows": rows, "failed": ["x: it holds"], "tolerance": 0.05})
+    assert "it holds: **no**" in text
+    assert "Not shown: x: it holds." in text
+
+
+def test_the_load_goes_on_when_the_process_is_lost() -> None:
+    siege = load("replay.siege")
+
+    class Gone:
+        sent = 0
+
+        def send(self, do: str, number: int) -> int:
+            self.sent += 1
+            if self.sent > 6:
+                raise siege.Lost("it ended")
+            return number
+
+        def wait(self, number: int) -> dict[str, Any]:
+            return {"answer": 1, "left": "backbone", "rung": "certified"}
+
+    run = siege.Run.__new__(siege.Run)
+    run.child, run._usual, run.counted, run.full_N = Gone(), iter(range(100)), 0, np.array([1, 0] * 50)
+    episode = siege.Episode("x")
+    run.load(episode, 50)
+    assert (episode.sent, episode.unanswered, run.counted) == (7, 4, 3)
+    assert episode.wrong == 1
+
+
+def test_a_request_costs_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = load("replay.service")
+    monkeypatch.setattr(service, "flop_shares", lambda costs: (np.array([0.0, 0.5]), np.array([0.1, 0.2])))
+
+    def rung(*answers_from: float, bypasses: bool = False) -> Any:
+        model = SimpleNamespace(costs=None, bypasses=lambda rows: bypasses, plan=SimpleNamespace(caches=(1, 2)))
+        return SimpleNamespace(model=model, answers_from=answers_from)
+
+    assert service.cost_at_exits(rung(0.9, 0.9)).tolist() == pytest.approx([0.1, 0.8, 1.3])
+    assert service.cost_at_exits(rung(0.9, np.inf)).tolist() == pytest.approx([0.1, 0.6, 1.1]), "the last is not asked"
+    assert service.cost_at_exits(rung(np.inf, np.inf, bypasses=True)).tolist() == [1, 1, 1]
+
+
 # -- threads and charts ----------------------------------------------------------------------------
 
 

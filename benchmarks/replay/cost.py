@@ -109,5 +109,6 @@ def table(document: dict[str, Any]) -> str:
 
 
 def quick(options: argparse.Namespace) -> None:
-    options.parts, options.rounds, options.calls = (3000, 1500, 1600), 3, 20
+    options.method = "freeze"  # nothing to train
+    options.parts, options.rounds, options.calls = (1500, 1500, 1600), 3, 20
     options.tolerance, options.fit_budget = 0.05, 150.0

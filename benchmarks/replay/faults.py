@@ -237,6 +237,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def quick(options: argparse.Namespace) -> None:
-    options.parts, options.tolerance, options.fit_budget = (3000, 1500, 1600), 0.05, 150.0
+    options.method = "freeze"  # nothing to train
+    options.parts, options.tolerance, options.fit_budget = (1500, 1500, 1600), 0.05, 150.0
     options.episode, options.flood, options.load, options.kill_after_s = 60, 700, 4000, 1.0
-    options.policy = {"certify_rows": 200, "time_budget_s": 30.0}
+    options.policy = {"certify_rows": 200, "time_budget_s": 30.0, "method": "freeze"}

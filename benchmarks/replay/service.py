@@ -115,6 +115,7 @@ def fitted(bench: Case, options: argparse.Namespace) -> CachedModel:
             bench.stream(slice(0, train)),
             certify=bench.stream(slice(train, certify)),
             tolerance=options.tolerance,
+            method=options.method,
             time_budget_s=options.fit_budget,
             seed=options.seed,
             progress=False,
@@ -127,7 +128,8 @@ def fitted(bench: Case, options: argparse.Namespace) -> CachedModel:
 
 
 def fitted_folder(options: argparse.Namespace) -> Path:
-    settings = (options.population, options.seed, options.tolerance, options.fit_budget, *options.parts[:2])
+    fit = (options.tolerance, options.method, options.fit_budget, *options.parts[:2])
+    settings = (options.population, options.seed, *fit)
     folder: Path = options.workdir / f"fitted-{hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()}"
     return folder
 
