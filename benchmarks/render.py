@@ -18,6 +18,7 @@ import merging
 import online
 import optimized
 import overhead
+import recent
 import replication
 import scale
 
@@ -48,7 +49,7 @@ SECTIONS = (
         "methods_mobilenet_v2",
     ),
     *("ablations", "ablations_records", "breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
-    *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay"),
+    *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay", "recent"),
     *("online_cold", "online_drift", "online_faults", "online_threads", "online_cost"),
 )
 
@@ -146,6 +147,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": lambda document: scale.table(document["rows"]),
     "split": families,
     "detection": lambda document: detection_delay.table(document["rows"]),
+    "recent": lambda document: recent.table(document["rows"]),
     "online": online.drawn,
 }
 

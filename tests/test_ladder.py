@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 from in_service import scripted
 
+from offramp.caches.recent import RecentCache
 from offramp.economy import TRIED, WINDOW
-from offramp.ladder import BYPASSED, CERTIFIED, ONE_OFF, RESTING, TIGHTENED, Ladder, Told
+from offramp.ladder import BYPASSED, CERTIFIED, EXTENDED, ONE_OFF, RECENT_SEEN, RESTING, TIGHTENED, Ladder, Told
 from offramp.model import CachedModel
 
 A, B, END = 0, 1, 2
@@ -22,7 +23,7 @@ def ladder(cached: CachedModel | None = None, run_length: float = 1000) -> Ladde
 
 
 def told(cache: str | None = None, *, agrees: bool = True, plan_agrees: bool = True, plan_exit: int = END) -> Told:
-    return Told(cache, 0.9, agrees, plan_agrees, plan_exit)
+    return Told(cache, 0.9, agrees, plan_agrees, plan_exit, True, agrees)
 
 
 def hits(cache: str, requests: int) -> list[Told]:
@@ -161,3 +162,62 @@ def test_limits_below_the_plans_are_refused() -> None:
     document = watched.to_json() | {"rung": TIGHTENED, "answers_from": [0.1, 0.5]}
     with pytest.raises(ValueError, match="never loosened"):
         ladder().resume(document)
+
+
+# --- recent answers -------------------------------------------------------------------------------
+
+
+def with_recents() -> tuple[Ladder, RecentCache]:
+    cached = scripted(cache_ms=0.05)
+    cached.result_cache = recents = RecentCache()
+    recents.answering = True
+    return ladder(cached), recents
+
+
+def test_recent_answers_are_given_only_once_they_are_shown_to_be_good_enough() -> None:
+    watched, recents = with_recents()
+    assert not recents.answering, "whatever somebody has set"
+    heed(watched, [told("A")._replace(extended_agrees=False)] * 500)
+    assert watched.rung.name == CERTIFIED
+    heed(watched, [told("A")] * 2000)
+    assert watched.rung.name == EXTENDED
+    assert recents.answering
+    assert watched.steps[-1].evidence["evidence"] >= 1000
+
+
+def test_the_first_alarm_takes_recent_answers_out_and_nothing_else() -> None:
+    watched, recents = with_recents()
+    heed(watched, [told("A")] * 2000)
+    assert watched.rung.name == EXTENDED
+    while watched.rung.name == EXTENDED:
+        heed(watched, [told("result", agrees=False)])
+    assert watched.rung.name == CERTIFIED
+    assert watched.rung is watched.top
+    assert not recents.answering
+    assert watched.extension is not None
+    assert watched.extension.evidence == 0, "the way up begins anew"
+
+
+def test_traffic_without_near_repeats_says_nothing_about_them() -> None:
+    watched, _ = with_recents()
+    heed(watched, [told("A")._replace(recent=False)] * 5000 + [told("A")] * (RECENT_SEEN - 1))
+    assert watched.rung.name == CERTIFIED
+    heed(watched, [told("A")] * 2000)
+    assert watched.rung.name == EXTENDED
+    assert watched.steps[-1].evidence["recent_answers"] >= RECENT_SEEN
+
+
+@pytest.mark.parametrize("step", ["step_back", "rest", "bypass", "adopt"])
+def test_on_no_other_rung_are_recent_answers_given(step: str) -> None:
+    watched, recents = with_recents()
+    heed(watched, [told("A")] * 2000)
+    assert recents.answering
+    if step == "adopt":
+        other = scripted()
+        other.result_cache = recents
+        watched.adopt(other, "a new plan")
+    elif step == "rest":
+        watched.rest()
+    else:
+        getattr(watched, step)("a test")
+    assert not recents.answering

@@ -553,3 +553,30 @@ def test_a_process_ends_without_being_asked_to_close() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- near repeats ---------------------------------------------------------------------------------
+
+
+def test_a_recent_cache_in_service_answers_when_it_has_been_shown_to_agree() -> None:
+    """A camera whose pictures hardly change: all that is needed is known before it answers for the first time."""
+    cached = scripted()
+    cached.result_cache = recents = offramp.RecentCache(margin=0.0)
+    scene = traffic(1, 3)
+    scene[:, [SURE_A, SURE_B]] = 0.0  # no cache of the plan answers
+    generator = torch.Generator().manual_seed(0)
+    with watching(cached, run_length=200) as model, recents.stream("camera"):
+        for _ in range(3000):
+            picture = scene + 1e-4 * torch.rand(1, 6, generator=generator)
+            prediction = model.predict(picture)
+            model.settle()
+            if model.rung.name == "with recent answers":
+                break
+            assert prediction.left_at_B.tolist() == [2], "the backbone's exit"
+        assert recents.totals().would_be > 0
+        left = {model.predict(scene).left_at_B.item() for _ in range(20)}
+        assert 3 in left, "the exit of stored answers"
+        model.settle()
+        assert model.report()["caches"]["result"]["hits"] > 0
+    other = torch.rand(1, 6, generator=generator)
+    assert torch.equal(model(other), scripted()(other)), "outside of any stream nothing is stored or given"

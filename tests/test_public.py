@@ -15,6 +15,7 @@ import offramp
 FUNCTIONS = {"evaluate", "fit", "load", "online", "optimize", "profile", "save", "split", "uncached"}
 VALUES = {
     *("CachedModel", "Certificate", "Evaluation", "Merging", "OnlineModel", "Plan", "Prediction", "Profile"),
+    "RecentCache",
     "Refresh",
     "ResultCache",
 }

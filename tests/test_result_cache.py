@@ -42,7 +42,7 @@ from torch.utils import _pytree as pytree
 
 from offramp import ResultCache, load, save
 from offramp.caches import KeyCache, LearnedCache, build_cache
-from offramp.caches.result import ENTRY_BYTES, KEY_BYTES, Recalled, _majorities, _row_keys
+from offramp.caches.result import ENTRY_BYTES, KEY_BYTES, Recalled, _majorities, row_keys
 from offramp.errors import InputError
 from offramp.model import BACKBONE, RESULT, CachedModel
 from offramp.splitting import SplitModel, split
@@ -65,7 +65,7 @@ def remembering(cnn: SplitModel, two: list[LearnedCache], max_bytes: int = 1 << 
 
 
 def results(cached: CachedModel) -> ResultCache:
-    assert cached.result_cache is not None
+    assert isinstance(cached.result_cache, ResultCache)
     return cached.result_cache
 
 
@@ -287,7 +287,7 @@ def test_it_is_not_saved_and_a_copy_begins_empty(cnn: SplitModel, two: list[Lear
     cached(images(4))
     save(cached, tmp_path / "model")
     assert load(tmp_path / "model", cnn.backbone).result_cache is None
-    for copied in (copy.deepcopy(cached.result_cache), pickle.loads(pickle.dumps(cached.result_cache))):
+    for copied in (copy.deepcopy(results(cached)), pickle.loads(pickle.dumps(results(cached)))):
         assert copied is not None
         assert (len(copied), copied.max_bytes, copied.on) == (0, 12_345, True)
     assert len(results(cached)) == 4
@@ -336,21 +336,21 @@ def test_type_shape_and_every_byte_belong_to_the_key() -> None:
         -zeros,
         zeros.index_fill(1, torch.tensor(5), 1e-30),
     ]
-    keys = [_row_keys((row,), "")[0] for row in rows]
-    keys += [_row_keys((zeros,), "another model")[0], _row_keys((zeros, zeros), "")[0]]
+    keys = [row_keys((row,), "")[0] for row in rows]
+    keys += [row_keys((zeros,), "another model")[0], row_keys((zeros, zeros), "")[0]]
     assert len(set(keys)) == len(keys)
 
 
 def test_memory_layout_and_neighbours_do_not_belong_to_the_key() -> None:
     x = images(6)
-    expected = _row_keys((x,), "")
+    expected = row_keys((x,), "")
     assert len(set(expected)) == 6
     for form in (x.to(memory_format=torch.channels_last), torch.stack([x, x], dim=-1)[..., 0]):
-        assert _row_keys((form,), "") == expected
-    assert _row_keys((x[[4, 1]],), "") == [expected[4], expected[1]]
-    pairs = [_row_keys((x[row : row + 1], x[row : row + 1, 0]), "")[0] for row in range(6)]
-    assert pairs == _row_keys((x, x[:, 0]), "")
-    assert len(_row_keys((torch.zeros(3), torch.zeros(3, 0), torch.ones(3, dtype=torch.bool)), "")) == 3
+        assert row_keys((form,), "") == expected
+    assert row_keys((x[[4, 1]],), "") == [expected[4], expected[1]]
+    pairs = [row_keys((x[row : row + 1], x[row : row + 1, 0]), "")[0] for row in range(6)]
+    assert pairs == row_keys((x, x[:, 0]), "")
+    assert len(row_keys((torch.zeros(3), torch.zeros(3, 0), torch.ones(3, dtype=torch.bool)), "")) == 3
 
 
 # --- bounds, order, statistics --------------------------------------------------------------------
@@ -422,7 +422,7 @@ def test_a_bound_that_holds_nothing_is_refused(max_bytes: Any) -> None:
 
 
 def test_what_is_no_result_cache_is_refused(cnn: SplitModel) -> None:
-    with pytest.raises(InputError, match="result_cache is a dict; expected an offramp.ResultCache or None"):
+    with pytest.raises(InputError, match="result_cache is a dict; expected an offramp.ResultCache, a Recent"):
         cached_model(cnn).result_cache = {}  # type: ignore[assignment]
 
 
@@ -473,7 +473,7 @@ def fails(*_: object, **__: object) -> None:
 
 
 def break_keys(cache: ResultCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offramp.caches.result._row_keys", fails)
+    monkeypatch.setattr("offramp.caches.result.row_keys", fails)
 
 
 def break_storing(cache: ResultCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from offramp.artifact import load as load
     from offramp.artifact import save as save
+    from offramp.caches.recent import RecentCache as RecentCache
     from offramp.caches.result import ResultCache as ResultCache
     from offramp.errors import (
         ArtifactError as ArtifactError,
@@ -68,6 +69,7 @@ _HOME = {
     "OnlineModel": "online_model",
     "Refresh": "refresh",
     "Prediction": "model",
+    "RecentCache": "caches.recent",
     "ResultCache": "caches.result",
     "Plan": "types",
     "Certificate": "types",

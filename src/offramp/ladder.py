@@ -1,15 +1,20 @@
 """What answers at present, and the steps to more and less cautious: evidence in, the model that answers out.
 
-    certified -> tightened -> one cache off -> bypassed        where more requests disagree than the tolerance allows
-    resting                                                    where caches cost more than they save
+    with recent answers -> certified -> tightened -> one cache off -> bypassed
+                                       where more requests disagree than the tolerance allows
+    resting                            where caches cost more than they save
 
-Every rung is the certified model, `restricted`: its caches refuse requests that they would answer under the plan, and
+A lower rung is the certified model, `restricted`: its caches refuse requests that they would answer under the plan, and
 what they refuse is answered by the backbone, not by later caches, which were certified for other traffic. So what
 disagrees on a lower rung is a subset of what would disagree under the plan. A rung is immutable and a call reads it
 once: steps, and other plans, take effect between two calls.
 
 On a lower rung sampled requests also tell what the plan would have answered. So the way back up needs no guess: it is
 taken when the detector that raised the alarm, turned around, finds the plan's disagreement below the tolerance.
+
+The rung above is for what no certificate covers, a `RecentCache`: it answers only there. What it would answer is known
+before it may, so the same test leads up, on the disagreement of plan and recent answers together; the first alarm leads
+down again.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from offramp.caches.recent import RecentCache
 from offramp.cost import shares
 from offramp.economy import Economy, Trial
 from offramp.model import RESULT, CachedModel
@@ -32,9 +38,11 @@ from offramp.monitoring import Detector, Monitor
 
 log = logging.getLogger("offramp")
 
-CERTIFIED, TIGHTENED, ONE_OFF, BYPASSED, RESTING = "certified", "tightened", "one cache off", "bypassed", "resting"
+EXTENDED, CERTIFIED, TIGHTENED, ONE_OFF = "with recent answers", "certified", "tightened", "one cache off"
+BYPASSED, RESTING = "bypassed", "resting"
 STEPPED_BACK = (TIGHTENED, ONE_OFF, BYPASSED)
 ALARM = "more requests disagree than the tolerance allows"
+RECENT_SEEN = 100  # recent answers among the sampled requests, without which there is no evidence about them
 RECENT_DISAGREEMENTS = 32  # among which the worst cache is looked for
 KEPT_STEPS = 100
 
@@ -75,13 +83,16 @@ class Step:
 
 class Told(NamedTuple):
     """What is known about one sampled request: which cache answered (None: the backbone), how sure it was, whether
-    that agrees, whether the plan's answer would have, and the exit where it would have left under the plan."""
+    that agrees, whether the plan's answer would have, where it would have left under the plan; whether there was a
+    recent answer, and whether what is answered would agree if it were given."""
 
     cache: str | None
     confidence: float
     agrees: bool
     plan_agrees: bool
     plan_exit: int
+    recent: bool
+    extended_agrees: bool
 
 
 class Ladder:
@@ -109,7 +120,12 @@ class Ladder:
         self.monitor = Monitor([*caches, RESULT], self.tolerance, self.run_length, seed=self._seed)
         self.culprits: deque[str] = deque(maxlen=RECENT_DISAGREEMENTS)
         # Agreements against what they have to exceed: it bounds false recoveries as the other bounds false alarms.
-        self.recovery = None if rung is self.top else Detector(1 - self.tolerance, self.run_length)
+        self.recovery = None if rung.name in (CERTIFIED, EXTENDED) else Detector(1 - self.tolerance, self.run_length)
+        recents = self.top.model.result_cache
+        self.extension, self._recent_seen = None, 0
+        if isinstance(recents, RecentCache):
+            recents.answering = rung.name == EXTENDED
+            self.extension = Detector(1 - self.tolerance, self.run_length) if rung is self.top else None
         self.economy = Economy(_cost_by_exit(rung), rung.model.plan.estimated_cost)
         self._trial: Trial | None = None
         self._interrupted: tuple[Rung, Monitor, Detector | None] | None = None
@@ -132,12 +148,20 @@ class Ladder:
             evidence = self.recovery.observe(float(told.plan_agrees))
             if evidence is not None:
                 self.restore("the plan disagrees less than the tolerance allows", {"evidence": evidence})
+        elif self.extension is not None:
+            evidence = self.extension.observe(float(told.extended_agrees))
+            self._recent_seen += told.recent
+            if evidence is not None and self._recent_seen >= RECENT_SEEN:
+                self._extend({"evidence": evidence, "recent_answers": self._recent_seen})
 
     # -- steps -------------------------------------------------------------------------------------
 
     def step_back(self, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         """One step down; none once all is bypassed."""
         if self.rung.name == BYPASSED:
+            return
+        if self.rung.name == EXTENDED:
+            self.restore(reason, evidence)
             return
         name, answers_from = BYPASSED, (math.inf,) * len(self.rung.answers_from)
         if self.rung.name == CERTIFIED:
@@ -158,6 +182,11 @@ class Ladder:
             return
         self.top = replace(self.top)  # another rung than before: calls sampled there belong to what is over
         self._move(self.top, reason, evidence)
+
+    def _extend(self, evidence: Mapping[str, Any]) -> None:
+        top = self.top
+        reason = "with recent answers too, fewer requests disagree than the tolerance allows"
+        self._move(Rung(EXTENDED, top.model, top.answers_from), reason, evidence)
 
     def adopt(self, cached: CachedModel, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         """Another certified model takes the place of all of this one's rungs."""
@@ -239,7 +268,7 @@ class Ladder:
         """Rung, evidence and steps; caches that rest do so in this process alone."""
         rung, monitor, recovery = self._interrupted or (self.rung, self.monitor, self.recovery)
         return {
-            "rung": rung.name,
+            "rung": CERTIFIED if rung.name == EXTENDED else rung.name,  # recent inputs end with the process
             "answers_from": finite(rung.answers_from),
             "monitor": monitor.to_json(),
             "recovery": None if recovery is None else recovery.to_json(),

@@ -11,7 +11,7 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.caches import Cache
-from offramp.caches.result import ResultCache
+from offramp.caches.recent import Peeked, RecentCache
+from offramp.caches.result import Results
 from offramp.cost import compaction_rule
 from offramp.errors import InputError
 from offramp.flight import Flight
@@ -216,10 +217,10 @@ class CachedModel(nn.Module):
             self._unsure[slot] = 0
 
     @torch.no_grad()
-    def _recall_or_route(self, batch: Batch, results: ResultCache) -> _Routed:
+    def _recall_or_route(self, batch: Batch, results: Results) -> _Routed:
         """As `_route`, but rows with a stored answer leave before stage 0, and equal rows run once."""
-        like = torch.empty(0, self._classes, dtype=self._dtype, device=self.split_model.device)
-        recalled = results.recall(self.split_model.flatten(batch), (self._number, self.plan), like)
+        inputs, context, like = self._asked(batch)
+        recalled = results.recall(inputs, context, like)
         rest = batch if recalled is None or len(recalled.run_A) == len(batch) else batch.rows(recalled.run_A)
         routed = self._answer(rest)
         if recalled is None:
@@ -228,6 +229,19 @@ class CachedModel(nn.Module):
         left_at_H = torch.full((len(recalled.logits_HC),), len(self.plan.caches) + 1, device=like.device)
         known = (recalled.logits_HC, left_at_H, recalled.confidence_H)
         return _Routed(*(torch.cat(parts)[recalled.source_B] for parts in zip(known, routed, strict=True)))
+
+    def peek(self, batch: Batch) -> Peeked | None:
+        """What a `RecentCache` would answer to these rows if it might; None where it knows nothing, or there is none.
+
+        Nothing runs and nothing changes: see `RecentCache.peek`. Raises InputError when the batch does not fit.
+        """
+        results = self._result_cache
+        return results.peek(*self._asked(batch)) if isinstance(results, RecentCache) else None
+
+    def _asked(self, batch: Batch) -> tuple[Sequence[Tensor], Hashable, Tensor]:
+        """What a result cache is asked with: the inputs, whose answers are wanted, and what these are like."""
+        like = torch.empty(0, self._classes, dtype=self._dtype, device=self.split_model.device)
+        return self.split_model.flatten(batch), (self._number, self.plan), like
 
     def restricted(self, answers_from: Sequence[float]) -> CachedModel:
         """The same model and plan, where cache k answers only from confidence `answers_from[k]` on; infinity: never.
@@ -275,14 +289,16 @@ class CachedModel(nn.Module):
         self._number = next(_numbers)  # a copy is another model: what a result cache holds of the first is not its own
 
     @property
-    def result_cache(self) -> ResultCache | None:
-        """Stored answers for exact repeats, asked before stage 0; None, the default, for none. `save` leaves it out."""
+    def result_cache(self) -> Results | None:
+        """Answers given before, asked before stage 0; None, the default, for none. `save` leaves it out."""
         return self._result_cache
 
     @result_cache.setter
-    def result_cache(self, results: ResultCache | None) -> None:
-        if not (results is None or isinstance(results, ResultCache)):
-            raise InputError(f"result_cache is a {type(results).__name__}; expected an offramp.ResultCache or None")
+    def result_cache(self, results: Results | None) -> None:
+        if not (results is None or isinstance(results, Results)):
+            raise InputError(
+                f"result_cache is a {type(results).__name__}; expected an offramp.ResultCache, a RecentCache or None"
+            )
         self._result_cache = results
         caches = (cache.name for cache in self.plan.caches)
         self.exits = (*caches, BACKBONE) if results is None else (*caches, BACKBONE, RESULT)

@@ -25,14 +25,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from offramp.artifact import load_onto, save
+from offramp.caches.recent import Peeked
 from offramp.errors import InputError, OfframpError
-from offramp.ladder import Ladder, Rung, Told
+from offramp.ladder import CERTIFIED, EXTENDED, Ladder, Rung, Told
 from offramp.model import BACKBONE, RESULT, CachedModel, Prediction, as_call
 from offramp.monitoring import LatencySketch, Monitor
 from offramp.rebuilding import OptimizedModel
@@ -115,6 +116,18 @@ class _Sampled:
     answer_B: Tensor
     left_at_B: Tensor
     confidence_B: Tensor
+    recent_B: Tensor  # where a RecentCache would have given an answer
+    extended_answer_B: Tensor  # with that in place of what was answered
+
+
+class _Seen(NamedTuple):
+    """The second half of `Told`."""
+
+    agrees: bool
+    plan_agrees: bool
+    plan_exit: int
+    recent: bool
+    extended_agrees: bool
 
 
 @dataclass
@@ -202,11 +215,17 @@ class OnlineModel:
         sampled, left_at = None, list[int]()
         if rows or not plainly:
             copied = batch.rows(torch.tensor(rows)) if rows else None  # before the call: a backbone may write into its
-            prediction = model.predict(*args, **kwargs)  # inputs, and so may the caller
+            recent = model.peek(batch) if rows else None  # inputs, and so may the caller
+            prediction = model.predict(*args, **kwargs)
             answer, left_at = prediction.output if plainly else prediction, prediction.left_at_B.tolist()
             if copied is not None:
                 index = torch.tensor(rows)
-                told = (prediction.answer_B, prediction.left_at_B, prediction.confidence_B)
+                told = (
+                    prediction.answer_B,
+                    prediction.left_at_B,
+                    prediction.confidence_B,
+                    *_extended(model, prediction.answer_B, recent),
+                )
                 sampled = _Sampled(rung, copied, *(column_B[index] for column_B in told))
         else:
             served = model.serve(batch)
@@ -276,7 +295,7 @@ class OnlineModel:
                 if rung is not self._ladder.rung:  # a step was taken: this tells nothing about what answers now
                     self._drop(len(caches) - row)
                     return
-                self._heed(Told(cache, confidences[row], seen[0][row], seen[1][row], seen[2][row]))
+                self._heed(Told(cache, confidences[row], *seen[row]))
 
     def _heed(self, told: Told) -> None:
         self._tell_requests()
@@ -290,36 +309,44 @@ class OnlineModel:
             self._counts.dropped += rows
 
     @torch.inference_mode()
-    def _compare(self, sampled: _Sampled, hits: Sequence[bool]) -> tuple[list[bool], list[bool], list[int]]:
-        """Per sampled row whether what was answered agrees with the backbone, whether the plan's answer does, and where
-        it leaves under the plan.
-
-        A shadow that fails disagrees: leaving it out would make the caches look better than they are.
-        """
-        model, batch = self._ladder.plan_alone, sampled.batch
-        plan_answer_B = answer_B = sampled.answer_B
-        plan_exits, runs = sampled.left_at_B.tolist(), list(hits)
+    def _compare(self, sampled: _Sampled, hits: Sequence[bool]) -> list[_Seen]:
+        """What the backbone says of each sampled row. A shadow that fails disagrees: leaving it out would make the
+        caches look better than they are."""
+        model, batch, answer_B = self._ladder.plan_alone, sampled.batch, sampled.answer_B
+        plan_answer_B, plan_exits, runs = answer_B, sampled.left_at_B.tolist(), list(hits)
         try:
-            if sampled.rung is not self._ladder.top:
+            if sampled.rung.name not in (CERTIFIED, EXTENDED):
                 prediction = model.predict(*batch.args, **batch.kwargs)
                 plan_answer_B, plan_exits = prediction.answer_B, prediction.left_at_B.tolist()
                 runs = [hit or at < len(model.plan.caches) for hit, at in zip(hits, plan_exits, strict=True)]
+            truth_B = answer_B.clone()  # of a row that no cache answered it is the backbone's own
             rows = torch.tensor([row for row, run in enumerate(runs) if run], dtype=torch.long, device=answer_B.device)
-            agrees_B, plan_agrees_B = torch.ones(2, len(runs), dtype=torch.bool, device=answer_B.device)
             if len(rows):
                 logits_BC = model.task.logits(model.split_model.backbone_leaves(batch.rows(rows)))
-                truth_B = model.task.answer(logits_BC)
-                agrees_B[rows] = model.task.agree(answer_B[rows], truth_B)
-                plan_agrees_B[rows] = model.task.agree(plan_answer_B[rows], truth_B)
-            agrees = [bool(agrees_B[row]) or not hit for row, hit in enumerate(hits)]
+                truth_B[rows] = model.task.answer(logits_BC)
+            answers = (answer_B, plan_answer_B, sampled.extended_answer_B)
+            agrees, plan_agrees, extended_agrees = (model.task.agree(one, truth_B).tolist() for one in answers)
+            recent = sampled.recent_B.tolist()
             with self._lock:
                 self._counts.shadowed += len(rows)
-            return agrees, plan_agrees_B.tolist(), plan_exits
+            return [
+                _Seen(
+                    agrees[row] or not hit,
+                    plan_agrees[row] or not runs[row],
+                    plan_exits[row],
+                    recent[row],
+                    extended_agrees[row],
+                )
+                for row, hit in enumerate(hits)
+            ]
         except Exception:
             log.exception("a shadow failed; its %d requests count as disagreements", sum(runs))
             with self._lock:
                 self._counts.failed += sum(runs)
-            return [not hit for hit in hits], [False] * len(hits), plan_exits
+            return [
+                _Seen(not hit, False, at, recent=False, extended_agrees=False)
+                for hit, at in zip(hits, plan_exits, strict=True)
+            ]
 
     # -- steps by hand -----------------------------------------------------------------------------
 
@@ -493,7 +520,8 @@ class OnlineModel:
                 "tolerance": ladder.tolerance,
                 "disagreement": monitor.disagreement(ladder.confidence_level),
                 "evidence": {"alarm": monitor.evidence, "run_length": ladder.run_length}
-                | ({} if ladder.recovery is None else {"recovery": ladder.recovery.evidence}),
+                | ({} if ladder.recovery is None else {"recovery": ladder.recovery.evidence})
+                | ({} if ladder.extension is None else {"recent answers": ladder.extension.evidence}),
                 "economy": ladder.economy.to_json(),
                 "caches": {
                     name: {
@@ -574,6 +602,15 @@ class _Sampler:
 def _routed(left_at: Sequence[int], model: CachedModel) -> list[int]:
     """Those of the exits whose requests had no stored answer."""
     return [at for at in left_at if at <= len(model.plan.caches)]
+
+
+def _extended(model: CachedModel, answer_B: Tensor, recent: Peeked | None) -> tuple[Tensor, Tensor]:
+    """Where a RecentCache would have given an answer, and the answers with that in their place."""
+    recent_B = torch.zeros(len(answer_B), dtype=torch.bool, device=answer_B.device)
+    if recent is None or not len(recent.row_H):
+        return recent_B, answer_B
+    recent_B[recent.row_H] = True
+    return recent_B, answer_B.index_put((recent.row_H,), model.task.answer(recent.logits_HC))
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.caches import Cache
-from offramp.caches.result import Recalled, ResultCache
+from offramp.caches.result import Recalled, Results, ResultTotals
 from offramp.cost import checked_sizes, synchronizer
 from offramp.errors import StorageError, StreamError
 from offramp.evaluation import KEPT_ROWS, rows_from
@@ -230,22 +230,27 @@ class _WatchedSplit(SplitModel):
         return self._watch.charge(FULL, len(batch), lambda: self._unwatched.full_leaves(batch))
 
 
-class _WatchedResults(ResultCache):
-    """As large as the result cache that it stands for, and empty."""
+class _WatchedResults(Results):
+    """A copy of the result cache that it stands for, as large and empty, and switched off where that is."""
 
-    def __init__(self, results: ResultCache, watch: _Stopwatch) -> None:
-        super().__init__(results.max_bytes)
-        self.on, self._watch = results.on, watch
+    def __init__(self, results: Results, watch: _Stopwatch) -> None:
+        super().__init__()
+        self._copy, self._watch = copy.copy(results), watch
+        self.on = self._copy.on = results.on
 
     def recall(self, inputs: Sequence[Tensor], context: Any, like: Tensor) -> Recalled | None:
-        return self._watch.charge(
-            RECALL, len(inputs[0]), lambda: super(_WatchedResults, self).recall(inputs, context, like)
-        )
+        recalled = self._watch.charge(RECALL, len(inputs[0]), lambda: self._copy.recall(inputs, context, like))
+        self.on = self._copy.on
+        return recalled
 
     def remember(self, recalled: Recalled, logits_AC: Tensor, confidence_A: Tensor) -> None:
-        self._watch.charge(
-            REMEMBER, len(logits_AC), lambda: super(_WatchedResults, self).remember(recalled, logits_AC, confidence_A)
-        )
+        self._watch.charge(REMEMBER, len(logits_AC), lambda: self._copy.remember(recalled, logits_AC, confidence_A))
+
+    def clear(self) -> None:
+        self._copy.clear()
+
+    def totals(self) -> ResultTotals:
+        return self._copy.totals()
 
 
 class _Call(NamedTuple):
@@ -318,7 +323,7 @@ class _Watched(CachedModel):
             self._watch.switch(DECISION, rows, slot)  # until rows leave or the next part begins
         return answered
 
-    def _recall_or_route(self, batch: Batch, results: ResultCache) -> Any:
+    def _recall_or_route(self, batch: Batch, results: Results) -> Any:
         routed = super()._recall_or_route(batch, results)
         self._recalled = routed.left_at_B
         return routed

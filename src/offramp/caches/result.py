@@ -1,8 +1,9 @@
 """Answers that were given before: exact repeats of an input, and inputs that are nearly the same.
 
-`ResultCache` follows the traffic, which is safe because all it says is what the certified model said to the very same
-input. `KeyCache` answers for inputs that share a coarse key; whether it agrees is a matter of chance, so it is filled
-once, frozen, and certified together with the caches behind it.
+`Results` is what a cached model asks before its first stage. `ResultCache` follows the traffic, which is safe because
+all it says is what the certified model said to the very same input; `caches.recent` has another kind. `KeyCache`
+answers for inputs that share a coarse key; whether it agrees is a matter of chance, so it is filled once, frozen, and
+certified together with the caches behind it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import math
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,6 +31,93 @@ from offramp.caches.reduction import Reduction
 from offramp.errors import InputError
 
 log = logging.getLogger("offramp")
+
+# --- what a cached model asks before its first stage ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class ResultTotals:
+    """What a result cache holds and has done. A row is a hit, or it was run; the others equalled a row beside them.
+
+    lookup_s: seconds spent on keys, look-ups and storing. saved_s: hits times the mean seconds of a row that was run, a
+    rough estimate because rows in larger batches are cheaper. It pays while saved_s exceeds lookup_s.
+    """
+
+    entries: int
+    bytes: int
+    rows: int
+    hits: int
+    run: int
+    evictions: int
+    lookup_s: float
+    saved_s: float
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What is known about the B rows of a batch: H of them have stored answers, A others have to be run.
+
+    source_B numbers the answer of each row among the H known ones, followed by the A that are run. ready: when the
+    look-up ended, on the clock of `time.perf_counter`. Each kind of result cache adds what it wants to know again when
+    the answers to the A rows are there.
+    """
+
+    logits_HC: Tensor
+    confidence_H: Tensor
+    run_A: Tensor
+    source_B: Tensor
+    ready: float
+
+
+class Results(ABC):
+    """Answers that were given before: what `CachedModel.result_cache` takes.
+
+    No error may leave `recall` or `remember`: it is a miss, is logged once, and sets `on` to False, after which
+    neither of them does anything. May be used from many threads and by several models. A copy begins empty.
+    """
+
+    title = "result cache"
+
+    def __init__(self) -> None:
+        self.on = True
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def recall(self, inputs: Sequence[Tensor], context: Hashable, like: Tensor) -> Recalled | None:
+        """What is known about these rows; None where nothing can be, as when it is switched off.
+
+        inputs: tensors of B rows each. context: whose answers these are. like: a tensor of logits, (any, C), whose
+        width, type and device known answers get.
+        """
+
+    @abstractmethod
+    def remember(self, recalled: Recalled, logits_AC: Tensor, confidence_A: Tensor) -> None:
+        """Learn the answers to the rows that had to be run."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget all answers; the totals go on."""
+
+    @abstractmethod
+    def totals(self) -> ResultTotals:
+        """Counts and times since it was made."""
+
+    def _switch_off(self) -> None:
+        """To be called where an exception is handled."""
+        with self._lock:
+            first, self.on = self.on, False
+        if first:
+            log.exception("the %s failed; it is switched off", self.title)
+            self.clear()
+
+
+def logits_of(values: Sequence[bytes], like: Tensor) -> Tensor:
+    """(H, C) logits from the bytes of their rows, with the width, type and device of `like`."""
+    if not values:
+        return like[:0]
+    flat = torch.frombuffer(bytearray().join(values), dtype=like.dtype)
+    return flat.reshape(len(values), like.shape[1]).to(like.device)
+
 
 # --- exact repeats --------------------------------------------------------------------------------
 
@@ -63,38 +152,11 @@ class EntryStatistics:
 
 
 @dataclass(frozen=True)
-class ResultTotals:
-    """What a ResultCache holds and has done. A row is a hit, or it was run; the others equalled a row beside them.
-
-    lookup_s: seconds spent on keys, look-ups and storing. saved_s: hits times the mean seconds of a row that was run, a
-    rough estimate because rows in larger batches are cheaper. It pays while saved_s exceeds lookup_s.
-    """
-
-    entries: int
-    bytes: int
-    rows: int
-    hits: int
-    run: int
-    evictions: int
-    lookup_s: float
-    saved_s: float
-
-
-class Recalled(NamedTuple):
-    """What is known about the B rows of a batch: H of them have stored answers, A different ones have to be run.
-
-    source_B numbers the answer of each row among the H known ones, followed by the A that are run.
-    """
-
-    logits_HC: Tensor
-    confidence_H: Tensor
-    run_A: Tensor
-    source_B: Tensor
+class _Asked(Recalled):
     keys_A: list[bytes]
-    ready: float
 
 
-class ResultCache:
+class ResultCache(Results):
     """Remembers the answers of a cached model and gives them again, bit for bit, to exact repeats of their inputs.
 
         cached.result_cache = offramp.ResultCache(max_bytes=64 << 20)
@@ -123,9 +185,8 @@ class ResultCache:
                 f"max_bytes is {max_bytes!r}; expected a whole number of bytes above {ENTRY_BYTES}, which one entry "
                 "takes besides its answer. 64 << 20 (64 MiB) holds about a hundred thousand answers of ten classes."
             )
+        super().__init__()
         self.max_bytes = max_bytes
-        self.on = True
-        self._lock = threading.Lock()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
         self._bytes = self._rows = self._hits = self._run = self._evictions = 0
         self._lookup_s = self._run_s = 0.0
@@ -139,16 +200,12 @@ class ResultCache:
     # -- for the model -----------------------------------------------------------------------------
 
     def recall(self, inputs: Sequence[Tensor], context: Hashable, like: Tensor) -> Recalled | None:
-        """What is known about these rows; None once it is switched off.
-
-        inputs: tensors of B rows each. context: whose answers these are. like: a tensor of logits, (any, C), whose
-        width, type and device known answers get.
-        """
+        """What is known about these rows; None once it is switched off."""
         if not self.on:
             return None
         started = time.perf_counter()
         try:
-            return self._recall(_row_keys(inputs, context), like, started)
+            return self._recall(row_keys(inputs, context), like, started)
         except Exception:  # fail closed: no error of a cache may reach the caller
             self._switch_off()
             return None
@@ -156,6 +213,7 @@ class ResultCache:
     def remember(self, recalled: Recalled, logits_AC: Tensor, confidence_A: Tensor) -> None:
         """Store the answers to the rows that had to be run."""
         try:
+            assert isinstance(recalled, _Asked)
             rows = logits_AC.detach().cpu().contiguous().view(torch.uint8).numpy()
             values, confidences = [row.tobytes() for row in rows], confidence_A.tolist()
             ran = time.perf_counter()  # waiting for the copy is waiting for the device
@@ -200,7 +258,7 @@ class ResultCache:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _recall(self, keys: list[bytes], like: Tensor, started: float) -> Recalled:
+    def _recall(self, keys: list[bytes], like: Tensor, started: float) -> _Asked:
         known: list[_Entry] = []
         run: dict[bytes, int] = {}  # the first row with each unknown key
         source: list[int] = []  # a place among the known, or one among those to run, inverted
@@ -219,17 +277,13 @@ class ResultCache:
                     known.append(entry)
             self._rows += len(keys)
             self._hits += len(known)
-        logits_HC = like[:0]
-        if known:
-            flat = torch.frombuffer(bytearray().join(entry.value for entry in known), dtype=like.dtype)
-            logits_HC = flat.reshape(len(known), like.shape[1]).to(like.device)
-        return Recalled(
-            logits_HC,
+        return _Asked(
+            logits_of([entry.value for entry in known], like),
             torch.tensor([entry.confidence for entry in known], dtype=torch.float32, device=like.device),
             torch.tensor(list(run.values()), dtype=torch.long, device=like.device),
             torch.tensor([at if at >= 0 else len(known) + ~at for at in source], dtype=torch.long, device=like.device),
-            list(run),
             self._ready(started),
+            list(run),
         )
 
     def _ready(self, started: float) -> float:
@@ -248,19 +302,12 @@ class ResultCache:
         self._entries[key] = entry
         self._bytes += size
 
-    def _switch_off(self) -> None:
-        with self._lock:
-            first, self.on = self.on, False
-        if first:
-            log.exception("the result cache failed; it is switched off")
-            self.clear()
-
 
 def _size(entry: _Entry) -> int:
     return ENTRY_BYTES + len(entry.value)
 
 
-def _row_keys(inputs: Sequence[Tensor], context: Hashable) -> list[bytes]:
+def row_keys(inputs: Sequence[Tensor], context: Hashable) -> list[bytes]:
     """(B,) 16-byte keys, whatever the memory layout and device of the inputs."""
     form = ";".join(f"{tensor.dtype}{tuple(tensor.shape[1:])}" for tensor in inputs)
     seed = hash((context, form)) & (1 << 64) - 1
