@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch, for each process (default 1)")
     parser.add_argument("--tolerance", type=float, help="(default: cold 0.01, others 0.02)")
-    parser.add_argument("--shadow", type=float, help="share of requests sampled (default: 0.05, drift 0.1)")
+    parser.add_argument("--shadow", type=float, help="share of requests sampled (default: 0.05; drift and faults 0.1)")
     parser.add_argument("--reservoir-mb", type=int, default=512, help="MiB of recent inputs (default 512)")
     parser.add_argument("--trace", choices=TRACES, default="conv", help="whose arrival times (default conv)")
     parser.add_argument("--speed-up", type=float, default=5.0, help="how many times faster they come (default 5)")
@@ -106,7 +106,7 @@ def arguments() -> argparse.Namespace:
     if options.tolerance is None:
         options.tolerance = 0.01 if options.part == "cold" else 0.02
     if options.shadow is None:
-        options.shadow = 0.1 if options.part == "drift" else 0.05
+        options.shadow = 0.1 if options.part in ("drift", "faults") else 0.05
     return options
 
 

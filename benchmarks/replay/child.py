@@ -76,8 +76,10 @@ class Server:
     @torch.no_grad()
     def do_nan(self) -> None:
         """All caches that serve lose their weights, in the middle of it."""
-        for parameter in self.model.rung.model.caches.parameters():
-            parameter.fill_(float("nan"))
+        caches = self.model.rung.model.caches
+        for tensor in (*caches.parameters(), *caches.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
 
     def do_disk(self, *, full: bool) -> None:
         """No file may grow beyond nothing: what a full disk does, for this process and those that it starts."""
@@ -126,6 +128,10 @@ class Server:
             time.sleep(PAUSE_S)
             self.model.roll_back("the benchmark goes back")
             time.sleep(PAUSE_S)
+
+    def do_first_plan(self) -> None:
+        """The plan that the life began with, whatever serves."""
+        self.model._adopt(Candidate(self.cached, "the first plan again", {}))
 
     def do_restore(self) -> None:
         self.model.restore("asked for by the benchmark")

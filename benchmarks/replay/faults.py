@@ -144,6 +144,7 @@ def killed_in_swaps(run: Run) -> None:
             return
         run.child.do("restore")
         run.load(episode, run.options.episode // KILLS)
+    run.child.do("first_plan")
     episode.checks["caches answer after each"] = sum(n for name, n in episode.left.items() if name != BACKBONE) > 0
 
 
@@ -156,7 +157,6 @@ def clock(run: Run) -> None:
 
 def flood(run: Run) -> None:
     episode = run.episode("a flood of requests that no cache answers, and calm after it")
-    run.child.do("restore")
     run.load(episode, run.options.flood, missing=True)
     during = run.report()
     run.load(episode, run.options.flood)
@@ -240,4 +240,5 @@ def quick(options: argparse.Namespace) -> None:
     options.method = "freeze"  # nothing to train
     options.parts, options.tolerance, options.fit_budget = (1500, 1500, 1600), 0.05, 150.0
     options.episode, options.flood, options.load, options.kill_after_s = 60, 700, 4000, 1.0
+    options.shadow = 0.2
     options.policy = {"certify_rows": 200, "time_budget_s": 30.0, "method": "freeze"}

@@ -202,7 +202,7 @@ class Run:
         if "error" in said:
             episode.errors.append(said["error"])
             return
-        episode.wrong += said["answer"] != self.full_N[picture]
+        episode.wrong += int(said["answer"] != self.full_N[picture])
         episode.left[said["left"]] += 1
         episode.rungs[said["rung"]] += 1
 
