@@ -177,5 +177,5 @@ def picture(document: dict[str, Any]) -> str:
 
 def quick(options: argparse.Namespace) -> None:
     options.requests, options.speed_up, options.tolerance = 3000, 2.5, 0.05
-    options.refresh_budget = 60.0
+    options.refresh_budget = 300.0
     options.policy = {"train_rows": 200, "certify_rows": 200, "method": "freeze"}

@@ -272,7 +272,7 @@ def _drawn(among: int, draws: int, seed: int) -> Iterator[int]:
 def quick(options: argparse.Namespace) -> None:
     options.method = "freeze"  # nothing to train
     options.parts, options.lengths = (1500, 1500, 1600), (400, 1200, 400)
-    options.kinds = ["mix"] if options.kinds == list(KINDS) else options.kinds
+    options.kinds = ["noise"] if options.kinds == list(KINDS) else options.kinds
     options.tolerance, options.fit_budget, options.calm_requests = 0.05, 150.0, 20_000
-    options.speed_up, options.refresh_budget, options.shadow = 4.0, 60.0, 0.5
+    options.speed_up, options.refresh_budget, options.shadow = 4.0, 300.0, 0.5
     options.policy = {"drift_rows": 100, "certify_rows": 200, "method": "freeze"}
