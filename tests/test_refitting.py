@@ -48,6 +48,7 @@ def job(folder: Path, **more: Any) -> Path:
         "tolerance": 0.02,
         "confidence_level": 0.975,
         "answers_from": [],
+        "device": "cpu",
         "cpu_share": 1.0,
         "time_budget_s": 10.0,
         "method": "offramp",

@@ -300,6 +300,19 @@ def test_a_folder_that_cannot_be_written_ends_the_attempt(tmp_path: Path) -> Non
     assert life.refresher.budget.spends == ()
 
 
+def test_a_refit_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    life = Life(tmp_path, policy(time_budget_s=10.0))
+    life.until_it_fits()
+    process, began = life.process, time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: began + 690.0)
+    life.traffic(1)
+    assert not process.killed
+    monkeypatch.setattr(time, "monotonic", lambda: began + 710.0)
+    assert life.traffic(1) == []
+    assert process.killed
+    assert life.refresher.attempts[-1].outcome == "it has not ended after 700 s"
+
+
 def test_closing_ends_the_process(tmp_path: Path) -> None:
     life = Life(tmp_path, policy())
     life.until_it_fits()

@@ -113,6 +113,14 @@ def load_onto(path: str | os.PathLike[str], split_model: SplitModel) -> CachedMo
     return _load(Path(path).resolve(), same)
 
 
+def is_saved_in(cached: CachedModel, path: str | os.PathLike[str]) -> bool:
+    """Whether the artefact there is this model, by plan and certificate. ArtifactError when it cannot be read."""
+    manifest = read_manifest(Path(path).resolve())
+    decided = manifest.get("optimized", manifest)
+    plan, certificate = Plan.from_json(decided["plan"]), Certificate.from_json(decided["certificate"])
+    return (plan, certificate) == (cached.plan, cached.certificate)
+
+
 def _load(folder: Path, split_as_saved: Callable[[Path, Mapping[str, Any], Batch], SplitModel]) -> CachedModel:
     manifest = read_manifest(folder)
     tensors = _read_weights(folder, manifest["weights"])

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from offramp.artifact import load_onto, save
+from offramp.artifact import is_saved_in, load_onto, save
 from offramp.caches.recent import Peeked
 from offramp.errors import InputError, OfframpError
 from offramp.ladder import CERTIFIED, EXTENDED, Ladder, Rung, Told
@@ -438,18 +438,18 @@ class OnlineModel:
     def _save_state(self) -> None:
         if self._folder is None:
             return
-        with self._watch, self._lock:
-            document = {
+        with self._lock:
+            counted = {"counts": dict(vars(self._counts)), "latency": self._latency.to_json()}
+        with self._watch:
+            decided = {
                 "backbone": self._ladder.top.model.split_model.fingerprint,
                 "plan": self._number,
                 "earlier": [number for number, _ in self._earlier],
                 "seen": 0 if self.reservoir is None else self.reservoir.seen,
-                "counts": vars(self._counts) | {},
-                "latency": self._latency.to_json(),
                 "ladder": self._ladder.to_json(),
                 "refresh": None if self._refresher is None else self._refresher.to_json(),
             }
-        self._folder.write(document)
+        self._folder.write(counted | decided)
 
     def _resume(self, document: Mapping[str, Any]) -> None:
         """Go on where another process has ended."""
@@ -482,8 +482,11 @@ class OnlineModel:
 
     def _plan_again(self, number: int) -> CachedModel | None:
         assert self._folder is not None
+        given = self._ladder.top.model
         try:
-            return load_onto(self._folder.plan(number), self._ladder.top.model.split_model)
+            if is_saved_in(given, self._folder.plan(number)):
+                return given
+            return load_onto(self._folder.plan(number), given.split_model)
         except OfframpError as error:
             log.warning("plan %d cannot be served again: %s", number, error)
             return None

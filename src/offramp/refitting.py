@@ -68,8 +68,7 @@ def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     """What became of the job in this folder; where that is a plan, it is there as well."""
     started, job = time.monotonic(), json.loads((folder / JOB).read_text())
     train, newer = stored(folder / TRAIN), stored(folder / CERTIFY)
-    device = next(backbone.parameters()).device
-    traffic, fresh = (as_stream(part.to(device)) for part in (train, newer))
+    traffic, fresh = (as_stream(part.to(job["device"])) for part in (train, newer))
     now = load(folder / CURRENT, backbone) if (folder / CURRENT).exists() else None
     learned = learn(
         backbone,

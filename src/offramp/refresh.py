@@ -57,6 +57,7 @@ CERTIFY_SHARE = 0.6  # of the newer inputs, about, that certify; the others tune
 KEPT_ATTEMPTS = 50
 SHOWN = ("budget", "attempts")  # in a report
 MOST_BACKOFF = 6  # doublings of the wait after failures
+PATIENCE, SPARE_S = 10.0, 600.0  # a refit is ended after so many times its budget, and this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,8 @@ class Refresh:
     newer inputs that tune and certify; None: enough for a plan that disagrees by half of the tolerance. After an
     attempt that failed twice as many requests are waited for as after the one before.
 
-    cpu_share: of all processors, the most that the refit takes on average. time_budget_s, method, seed: as in `fit`.
-    device: where it learns, None for where the model is. keep: earlier plans that `roll_back` can return to.
+    cpu_share: of all processors, the most that the refit takes on average. time_budget_s, method, seed: as in `fit`; a
+    refit that takes much longer than its budget is ended. keep: earlier plans that `roll_back` can return to.
     """
 
     train_rows: int = 1_000
@@ -149,7 +150,7 @@ class Refresher:
         self.budget = FailureBudget(allowance, before=allowance if cached.plan.caches else 0.0)
         self.attempts: list[Attempt] = []
         self._held_at_last, self._failures, self._not_before = 0, 0, 0
-        self._last = time.monotonic()
+        self._last = self._began = time.monotonic()
         self._wanted: str | None = None
         self._lock = threading.Lock()  # of `_wanted`
         self._reason = ""
@@ -250,6 +251,7 @@ class Refresher:
             "tolerance": self.tolerance,
             "confidence_level": level,
             "answers_from": finite(serving.answers_from),
+            "device": str(serving.model.split_model.device),
             "cpu_share": self.policy.cpu_share,
             "time_budget_s": self.policy.time_budget_s,
             "method": self.policy.method,
@@ -274,10 +276,13 @@ class Refresher:
             self.budget = before  # nobody has looked at these inputs
             raise
         self.attempts = [*self.attempts, attempt][-KEPT_ATTEMPTS:]
-        self._process = _Process(self._folder, serving.model.split_model)
+        self._process, self._began = _Process(self._folder, serving.model.split_model), time.monotonic()
 
     def _harvest(self, process: _Process) -> Candidate | None:
         if process.running():
+            limit_s = PATIENCE * self.policy.time_budget_s + SPARE_S
+            if time.monotonic() - self._began > limit_s:
+                self._fail(f"it has not ended after {limit_s:.0f} s")
             return None
         self._process, attempt = None, self.attempts[-1]
         outcome = process.outcome()
