@@ -146,7 +146,7 @@ def served(
     name = "offramp" if refresh else "offramp, no refits"
     way = as_way(Run(name, wrong_N, columns.cost_N), schedule)
     way |= alarmed(report["steps"], schedule, wrong_N, sampled_at[schedule.calm])
-    way |= renewed(rows, schedule, columns.cost_N, wrong_N, at_s)
+    way |= renewed(rows, schedule, columns.cost_N, wrong_N, at_s + columns.late_s_N)
     return way | {
         "stretches": rows,
         "promise_broken_by_new_plans": [plan for plan in of_plans(rows) if plan["plan"] > 0 and broken(plan)],
