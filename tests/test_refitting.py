@@ -77,6 +77,7 @@ def test_a_refit_learns_certifies_and_takes_the_serving_caches_along(tmp_path: P
     model = backbone()
     first = refit(job(tmp_path / "first"), model)
     assert first["certified"], first
+    assert first["tested"]
     assert first["cost"] < first["cost_now"] == 1.0
     cached = load(tmp_path / "first" / RESULT, model)
     assert cached.certificate.confidence_level == 0.975

@@ -63,10 +63,10 @@ class Fake:
         level = {"confidence_level": self.job["confidence_level"]} | more
         cached.certificate = replace(cached.certificate, **level)
         save(cached, self.folder / RESULT)
-        self.said = {"certified": True, "cost": 0.4, "cost_now": 1.0, "seconds": 1.0}
+        self.said = {"certified": True, "tested": True, "cost": 0.4, "cost_now": 1.0, "seconds": 1.0}
 
-    def fail(self) -> None:
-        self.said = {"certified": False, "reason": "no plan with caches passed", "seconds": 1.0}
+    def fail(self, *, tested: bool = True) -> None:
+        self.said = {"certified": False, "tested": tested, "reason": "no plan with caches passed", "seconds": 1.0}
 
 
 class Life:
@@ -254,6 +254,18 @@ def test_what_is_spent_is_on_disk_before_the_process_starts(tmp_path: Path) -> N
     life = Life(tmp_path, policy(), spent=spent)
     life.until_it_fits()
     assert written == [1]
+
+
+def test_what_tested_nothing_gives_back_what_it_spent(tmp_path: Path) -> None:
+    life = Life(tmp_path, policy())
+    for tested in (False, True, False):
+        life.until_it_fits(5000)
+        life.process.fail(tested=tested)
+        life.traffic(1)
+    assert len(life.refresher.budget.spends) == 1
+    assert len(life.refresher.attempts) == 3
+    life.until_it_fits(5000)
+    assert 1 - life.process.job["confidence_level"] == pytest.approx(0.05 / 6)
 
 
 def test_without_room_to_write_that_down_nothing_is_started_nor_spent(tmp_path: Path) -> None:

@@ -68,6 +68,11 @@ class FailureBudget:
         """The budget after one more certification, whether that passes or not."""
         return FailureBudget(self.allowance, self.before, (*self.spends, Spend(what, self.next_probability(), at)))
 
+    def returned(self) -> FailureBudget:
+        """The budget before the last certification, where that tested nothing: there was no plan to test, which was
+        known without the inputs that would have certified it."""
+        return FailureBudget(self.allowance, self.before, self.spends[:-1])
+
     def to_json(self) -> dict[str, Any]:
         return {
             "confidence_for_life": 1 - self.total,

@@ -84,6 +84,7 @@ def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     cached = choose(learned, tolerance=job["tolerance"], confidence_level=job["confidence_level"])
     outcome: dict[str, Any] = {
         "certified": False,
+        "tested": cached.certificate.candidates_tested > 1,  # the first candidate has no caches
         "errors": cached.certificate.errors,
         "n": cached.certificate.n,
         "bound": cached.certificate.bound,

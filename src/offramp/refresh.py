@@ -260,7 +260,7 @@ class Refresher:
         write_whole(self._folder / JOB, json.dumps(job).encode())
         now = datetime.now(UTC).isoformat(timespec="seconds")
         attempt = Attempt(
-            len(self.budget.spends) + 1,
+            1 + max((one.number for one in self.attempts), default=0),
             self._reason,
             now,
             self._reservoir.seen,
@@ -286,6 +286,8 @@ class Refresher:
             return None
         self._process, attempt = None, self.attempts[-1]
         outcome = process.outcome()
+        if not outcome["tested"]:
+            self.budget = self.budget.returned()
         if not outcome["certified"]:
             self._fail(outcome["reason"], outcome)
             return None
