@@ -23,7 +23,7 @@ def ladder(cached: CachedModel | None = None, run_length: float = 1000) -> Ladde
 
 
 def told(cache: str | None = None, *, agrees: bool = True, plan_agrees: bool = True, plan_exit: int = END) -> Told:
-    return Told(cache, 0.9, agrees, plan_agrees, plan_exit, True, agrees)
+    return Told(cache, 0.9, agrees, plan_agrees, plan_exit, 0.9, True, agrees)
 
 
 def hits(cache: str, requests: int) -> list[Told]:
@@ -89,6 +89,19 @@ def test_a_lower_rung_is_returned_to_after_a_rest() -> None:
     heed(watched, [told(plan_exit=A)] * TRIED)
     assert (watched.rung.name, watched.rung.answers_from) == (TIGHTENED, limits)
     assert watched.recovery is not None
+
+
+def test_caches_do_not_return_for_hits_that_their_rung_refuses() -> None:
+    watched = ladder()
+    heed(watched, hits("A", 50) + hits("B", 50))
+    watched.step_back("a test")
+    limit = watched.rung.answers_from[A]
+    flood(watched)
+    refused, kept = (told(plan_exit=A)._replace(plan_confidence=limit + more) for more in (-0.01, 0.01))
+    heed(watched, [refused] * (5 * TRIED))
+    assert watched.rung.name == RESTING
+    heed(watched, [kept] * (2 * TRIED))
+    assert watched.rung.name == TIGHTENED
 
 
 def test_what_is_bypassed_already_does_not_rest() -> None:

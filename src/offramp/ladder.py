@@ -83,14 +83,15 @@ class Step:
 
 class Told(NamedTuple):
     """What is known about one sampled request: which cache answered (None: the backbone), how sure it was, whether
-    that agrees, whether the plan's answer would have, where it would have left under the plan; whether there was a
-    recent answer, and whether what is answered would agree if it were given."""
+    that agrees, whether the plan's answer would have, where it would have left under the plan, and how sure it is
+    there; whether there was a recent answer, and whether what is answered would agree if it were given."""
 
     cache: str | None
     confidence: float
     agrees: bool
     plan_agrees: bool
     plan_exit: int
+    plan_confidence: float
     recent: bool
     extended_agrees: bool
 
@@ -136,7 +137,7 @@ class Ladder:
     def heed(self, told: Told) -> None:
         """Counts one sampled request, and takes the step that it calls for."""
         if self._trial is not None:
-            if self._trial.pays(told.plan_exit):
+            if self._trial.pays(self._exit_after_rest(told)):
                 self._wake()
             return
         if not told.agrees and told.cache is not None:
@@ -153,6 +154,12 @@ class Ladder:
             self._recent_seen += told.recent
             if evidence is not None and self._recent_seen >= RECENT_SEEN:
                 self._extend({"evidence": evidence, "recent_answers": self._recent_seen})
+
+    def _exit_after_rest(self, told: Told) -> int:
+        """Where the request would leave under the rung that was interrupted, which may refuse what the plan answers."""
+        assert self._interrupted is not None
+        limits, at = self._interrupted[0].answers_from, told.plan_exit
+        return at if at >= len(limits) or told.plan_confidence >= limits[at] else len(limits)
 
     # -- steps -------------------------------------------------------------------------------------
 

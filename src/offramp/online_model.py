@@ -126,6 +126,7 @@ class _Seen(NamedTuple):
     agrees: bool
     plan_agrees: bool
     plan_exit: int
+    plan_confidence: float
     recent: bool
     extended_agrees: bool
 
@@ -314,10 +315,12 @@ class OnlineModel:
         caches look better than they are."""
         model, batch, answer_B = self._ladder.plan_alone, sampled.batch, sampled.answer_B
         plan_answer_B, plan_exits, runs = answer_B, sampled.left_at_B.tolist(), list(hits)
+        plan_sure = sampled.confidence_B.tolist()
         try:
             if sampled.rung.name not in (CERTIFIED, EXTENDED):
                 prediction = model.predict(*batch.args, **batch.kwargs)
                 plan_answer_B, plan_exits = prediction.answer_B, prediction.left_at_B.tolist()
+                plan_sure = prediction.confidence_B.tolist()
                 runs = [hit or at < len(model.plan.caches) for hit, at in zip(hits, plan_exits, strict=True)]
             truth_B = answer_B.clone()  # of a row that no cache answered it is the backbone's own
             rows = torch.tensor([row for row, run in enumerate(runs) if run], dtype=torch.long, device=answer_B.device)
@@ -334,6 +337,7 @@ class OnlineModel:
                     agrees[row] or not hit,
                     plan_agrees[row] or not runs[row],
                     plan_exits[row],
+                    plan_sure[row],
                     recent[row],
                     extended_agrees[row],
                 )
@@ -344,8 +348,8 @@ class OnlineModel:
             with self._lock:
                 self._counts.failed += sum(runs)
             return [
-                _Seen(not hit, False, at, recent=False, extended_agrees=False)
-                for hit, at in zip(hits, plan_exits, strict=True)
+                _Seen(not hit, False, at, sure, recent=False, extended_agrees=False)
+                for hit, at, sure in zip(hits, plan_exits, plan_sure, strict=True)
             ]
 
     # -- steps by hand -----------------------------------------------------------------------------
