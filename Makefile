@@ -27,6 +27,11 @@ BENCHMARKS := "cifar10.py --time-budget 900 --out results/cifar10.json" \
 	"overhead.py --out results/overhead.json" "merging.py --out results/merging.json" \
 	"scale.py --out results/scale.json" "detection_delay.py --out results/detection_delay.json" \
 	"split_table.py --out results/split_table.json" \
+	"online.py cold --workdir work --out results/online_cold.json" \
+	"online.py drift --both --workdir work --out results/online_drift.json" \
+	"online.py faults --workdir work --out results/online_faults.json" \
+	"online.py threads --workdir work --out results/online_threads.json" \
+	"online.py cost --workdir work --out results/online_cost.json" \
 	"methods.py cifar10 --time-budget 650 --latency-budget 3 --workdir work --out results/methods_cifar10.json" \
 	"methods.py resnet56_cifar10 --time-budget 280 --latency-budget 2 --workdir work --out results/methods_resnet56_cifar10.json" \
 	"ablations.py cifar10 --time-budget 650 --workdir work --out results/ablations.json" \

@@ -200,7 +200,7 @@ def document(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _settings(arguments: Sequence[str]) -> list[str]:
     """The arguments without those that say where files are kept."""
-    kept, places = [], ("--out", "--records", "--workdir")
+    kept, places = [], ("--out", "--picture", "--records", "--workdir")
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument not in places and before not in places:
             kept.append(argument)

@@ -55,7 +55,7 @@ def window(wrong_N: NDArray[np.bool_]) -> Iterator[int]:
             yield at
 
 
-def mapie(*, packaged: bool) -> Alarms:
+def mapie(*, packaged: bool, tolerance: float = TOLERANCE) -> Alarms:
     """The first request at which its bound is beyond its threshold, had it been asked at each. It ends there."""
     from mapie.exchangeability_testing import RiskMonitoring
     from mapie.risk_control import BinaryRisk
@@ -67,9 +67,9 @@ def mapie(*, packaged: bool) -> Alarms:
     )
     reference_N = np.random.default_rng(10**6).random(2000) < CALM_RATE
     told = (
-        {"reference_data": (np.zeros(2000, int), reference_N.astype(int)), "tolerance": TOLERANCE - CALM_RATE}
+        {"reference_data": (np.zeros(2000, int), reference_N.astype(int)), "tolerance": tolerance - CALM_RATE}
         if packaged
-        else {"threshold": TOLERANCE}
+        else {"threshold": tolerance}
     )
 
     def alarms(wrong_N: NDArray[np.bool_]) -> Iterator[int]:

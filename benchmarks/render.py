@@ -1,4 +1,4 @@
-"""Write docs/results.md from the JSON documents in benchmarks/results/.
+"""Write docs/results.md, and its pictures, from the JSON documents in benchmarks/results/.
 
 python benchmarks/render.py
 """
@@ -15,6 +15,7 @@ import common
 import comparison
 import detection_delay
 import merging
+import online
 import optimized
 import overhead
 import recent
@@ -23,6 +24,7 @@ import scale
 
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGE = common.ROOT / "docs" / "results.md"
+PICTURES = PAGE.parent / "pictures"
 
 HEAD = """# Results
 
@@ -48,6 +50,7 @@ SECTIONS = (
     ),
     *("ablations", "ablations_records", "breaches", "breaches_own", "replication", "mobilenet_v2", "resnet56_cifar100"),
     *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay", "recent"),
+    *("online_cold", "online_drift", "online_faults", "online_threads", "online_cost"),
 )
 
 
@@ -73,7 +76,18 @@ def section(name: str, document: dict[str, Any]) -> str:
         f" {document.get('note', '')}"
     ).rstrip()
     body = DRAWN.get(name.split("_")[0], fits)(document)
-    return f"## {document['benchmark']}\n\n{facts}\n\n{body}\n"
+    return f"## {document['benchmark']}\n\n{facts}\n\n{picture(name, document)}{body}\n"
+
+
+def picture(name: str, document: dict[str, Any]) -> str:
+    """The line that shows the picture of a document, which is written beside the page; empty where it has none."""
+    drawing = online.picture(document) if name.startswith("online") else None
+    if drawing is None:
+        return ""
+    PICTURES.mkdir(exist_ok=True)
+    file = PICTURES / f"{name}.svg"
+    file.write_text(drawing)
+    return f"![{document['benchmark']}]({file.relative_to(PAGE.parent)})\n\n"
 
 
 def fits(document: dict[str, Any]) -> str:
@@ -134,6 +148,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "split": families,
     "detection": lambda document: detection_delay.table(document["rows"]),
     "recent": lambda document: recent.table(document["rows"]),
+    "online": online.drawn,
 }
 
 
