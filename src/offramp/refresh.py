@@ -235,10 +235,9 @@ class Refresher:
         )
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        self._fresh = Fresh(rows)
         self._held_at_last = self._reservoir.different
         _store(self._reservoir.requests(), self._folder / TRAIN)
-        self._snapshot_at = None
+        self._snapshot_at, self._fresh = None, Fresh(rows)
 
     def _begin(self, newer: Batch, serving: Rung) -> None:
         """Everything is there: spend what the certification may fail with, and start the process."""
