@@ -125,7 +125,7 @@ def _load(folder: Path, split_as_saved: Callable[[Path, Mapping[str, Any], Batch
     manifest = read_manifest(folder)
     tensors = _read_weights(folder, manifest["weights"])
     caches = _build_caches(folder, manifest["caches"], tensors)
-    split_model = split_as_saved(folder, manifest, _batch("example", tensors))
+    split_model = split_as_saved(folder, manifest, batch_of("example", tensors))
     try:
         base = CachedModel(
             split_model,
@@ -181,7 +181,7 @@ def _tensors(cached: CachedModel) -> dict[str, Tensor]:
         for position, cache in enumerate(cached.caches)
         for key, value in cache.state_dict().items()
     }
-    return _apart(tensors | _inputs("example", cached.split_model.example.rows(slice(0, EXAMPLE_ROWS))))
+    return apart(tensors | tensors_of("example", cached.split_model.example.rows(slice(0, EXAMPLE_ROWS))))
 
 
 def _optimized(model: OptimizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -190,7 +190,7 @@ def _optimized(model: OptimizedModel) -> tuple[dict[str, Tensor], dict[str, Any]
     in_eight_bits = any(choice.precision == "int8" for choice in origin.choices)
     sample = origin.sample if in_eight_bits else origin.sample.rows(slice(0, CHECKED_ROWS))
     said = answers(model, sample)
-    tensors = _apart(_inputs("sample", sample) | {"sample.answer": said.answer, "sample.left_at": said.left_at})
+    tensors = apart(tensors_of("sample", sample) | {"sample.answer": said.answer, "sample.left_at": said.left_at})
     return tensors, {
         "caches": list(origin.caches),
         "plan": model.plan.to_json(),
@@ -200,13 +200,13 @@ def _optimized(model: OptimizedModel) -> tuple[dict[str, Tensor], dict[str, Any]
     }
 
 
-def _inputs(name: str, batch: Batch) -> dict[str, Tensor]:
+def tensors_of(name: str, batch: Batch) -> dict[str, Tensor]:
     """Numbered, because safetensors does not keep the order of its tensors and tracing depends on it."""
     tensors = {f"{name}.args.{position}": value for position, value in enumerate(batch.args)}
     return tensors | {f"{name}.kwargs.{i}.{key}": value for i, (key, value) in enumerate(batch.kwargs.items())}
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share memory; a copy of each shares none."""
     return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
@@ -408,8 +408,8 @@ def _is_kept(name: str, artefact: str) -> bool:
     return name.startswith(f".{artefact}.") and name.endswith(".old")
 
 
-def _batch(name: str, tensors: Mapping[str, Tensor]) -> Batch:
-    """What `_inputs` made tensors of."""
+def batch_of(name: str, tensors: Mapping[str, Tensor]) -> Batch:
+    """What `tensors_of` made tensors of."""
     positional, named = {}, {}
     for key, value in tensors.items():
         if key.startswith(f"{name}.args."):
@@ -424,7 +424,7 @@ def _optimized_again(
     folder: Path, base: CachedModel, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> CachedModel:
     """The optimized model on parts that are built here, or the base where that does not give the same model."""
-    sample = _batch("sample", tensors).to(base.split_model.device)
+    sample = batch_of("sample", tensors).to(base.split_model.device)
     summary = saved["summary"]
     choices, there = tuple(Choice(**part) for part in summary["parts"]), summary["hardware"]
     origin = Origin(base, sample, choices, tuple(saved["caches"]), there)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 
-from offramp.artifact import load_onto, save
+from offramp.artifact import apart, batch_of, load_onto, save, tensors_of
 from offramp.budget import FailureBudget
 from offramp.calibration import inputs_needed
 from offramp.errors import InputError, OfframpError
@@ -413,20 +413,9 @@ class _Process:
 
 
 def _store(batch: Batch, file: Path) -> None:
-    tensors = {f"args.{number}": tensor for number, tensor in enumerate(batch.args)}
-    tensors |= {f"kwargs.{number}.{name}": tensor for number, (name, tensor) in enumerate(batch.kwargs.items())}
-    write_whole(
-        file, safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    )
+    write_whole(file, safetensors.torch.save(apart(tensors_of("inputs", batch))))
 
 
 def stored(file: Path) -> Batch:
     """What `_store` wrote."""
-    tensors = safetensors.torch.load(file.read_bytes())
-    args = {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith("args.")}
-    named = {}
-    for name, tensor in tensors.items():
-        if name.startswith("kwargs."):
-            _, number, argument = name.split(".", 2)
-            named[int(number)] = (argument, tensor)
-    return Batch(tuple(args[i] for i in sorted(args)), dict(named[i] for i in sorted(named)))
+    return batch_of("inputs", safetensors.torch.load(file.read_bytes()))
