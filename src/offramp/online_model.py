@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -118,17 +118,6 @@ class _Sampled:
     confidence_B: Tensor
     recent_B: Tensor  # where a RecentCache would have given an answer
     extended_answer_B: Tensor  # with that in place of what was answered
-
-
-class _Seen(NamedTuple):
-    """The second half of `Told`."""
-
-    agrees: bool
-    plan_agrees: bool
-    plan_exit: int
-    plan_confidence: float
-    recent: bool
-    extended_agrees: bool
 
 
 @dataclass
@@ -289,14 +278,13 @@ class OnlineModel:
             self._drop(len(sampled.batch))
             return
         caches = [None if exits[at] == BACKBONE else exits[at] for at in sampled.left_at_B.tolist()]
-        confidences = sampled.confidence_B.tolist()
-        seen = self._compare(sampled, [cache is not None for cache in caches])
+        known = self._compare(sampled, caches)
         with self._watch:
-            for row, cache in enumerate(caches):
+            for row, told in enumerate(known):
                 if rung is not self._ladder.rung:  # a step was taken: this tells nothing about what answers now
-                    self._drop(len(caches) - row)
+                    self._drop(len(known) - row)
                     return
-                self._heed(Told(cache, confidences[row], *seen[row]))
+                self._heed(told)
 
     def _heed(self, told: Told) -> None:
         self._tell_requests()
@@ -310,12 +298,13 @@ class OnlineModel:
             self._counts.dropped += rows
 
     @torch.inference_mode()
-    def _compare(self, sampled: _Sampled, hits: Sequence[bool]) -> list[_Seen]:
-        """What the backbone says of each sampled row. A shadow that fails disagrees: leaving it out would make the
-        caches look better than they are."""
+    def _compare(self, sampled: _Sampled, caches: Sequence[str | None]) -> list[Told]:
+        """What becomes known of each sampled row, which these caches answered. A shadow that fails disagrees: leaving
+        it out would make the caches look better than they are."""
         model, batch, answer_B = self._ladder.plan_alone, sampled.batch, sampled.answer_B
-        plan_answer_B, plan_exits, runs = answer_B, sampled.left_at_B.tolist(), list(hits)
-        plan_sure = sampled.confidence_B.tolist()
+        hits = [cache is not None for cache in caches]
+        plan_answer_B, plan_exits, runs = answer_B, sampled.left_at_B.tolist(), hits
+        plan_sure = confidences = sampled.confidence_B.tolist()
         try:
             if sampled.rung.name not in (CERTIFIED, EXTENDED):
                 prediction = model.predict(*batch.args, **batch.kwargs)
@@ -333,7 +322,9 @@ class OnlineModel:
             with self._lock:
                 self._counts.shadowed += len(rows)
             return [
-                _Seen(
+                Told(
+                    caches[row],
+                    confidences[row],
                     agrees[row] or not hit,
                     plan_agrees[row] or not runs[row],
                     plan_exits[row],
@@ -348,8 +339,8 @@ class OnlineModel:
             with self._lock:
                 self._counts.failed += sum(runs)
             return [
-                _Seen(not hit, False, at, sure, recent=False, extended_agrees=False)
-                for hit, at, sure in zip(hits, plan_exits, plan_sure, strict=True)
+                Told(cache, confidences[row], cache is None, False, plan_exits[row], plan_sure[row], False, False)
+                for row, cache in enumerate(caches)
             ]
 
     # -- steps by hand -----------------------------------------------------------------------------
