@@ -344,10 +344,42 @@ def test_a_process_may_not_share_the_folder_of_another(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_together_is_refused() -> None:
-    with pytest.raises(InputError, match="refresh learns from recent inputs, and keep_inputs is False"):
-        online(served(0), refresh=POLICY, keep_inputs=False)
+    with pytest.raises(InputError, match="keep is 'outputs'; expected one of 'inputs', 'activations', 'nothing'"):
+        online(served(0), keep="outputs")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="refresh learns from recent requests, and keep='nothing'"):
+        online(served(0), refresh=POLICY, keep="nothing")
     with online(served(0)) as model, pytest.raises(InputError, match="this model does not learn"):
         model.refresh()
+
+
+def test_no_input_is_kept_where_activations_are(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with online(served(0), keep="inputs", state=state, shadow=1.0) as model:
+        model(traffic(20))
+    assert list((state / "inputs").iterdir())
+    with online(served(0), keep="activations", refresh=POLICY, state=state, shadow=0.5, seed=0) as model:
+        assert not (state / "inputs").exists(), "nor those that were kept before"
+        model.settle()
+        x = traffic(200, 1)
+        answer = model(x)
+        model.settle()
+        assert model.reservoir is not None
+        held = model.reservoir.requests()
+        assert 60 < len(held) < 140, "of the sampled requests"
+        *features, digest_N2, logits_NC, cost_N = held.args
+        assert len(features) == len(model.rung.model.split_model.points) - 1
+        assert (cost_N == 1).all(), "there are no caches yet"
+        row = int((answer == logits_NC[0]).all(1).nonzero()[0])
+        assert torch.equal(features[0][0], model.rung.model.split_model.stages[0](x[row : row + 1])[0].half()[0])
+        assert len(set(map(tuple, digest_N2.tolist()))) == len(held)
+        files = [file for file in state.rglob("*") if file.is_file() and "plans" not in file.parts]
+        assert not any(x[0].numpy().tobytes() in file.read_bytes() for file in files)
+
+
+def test_activations_bring_a_plan_too(tmp_path: Path) -> None:
+    with online(served(0), keep="activations", refresh=POLICY, shadow=1.0, queue_size=10**6) as model:
+        learn_once(model)
+        assert model.report()["plan"] == 1
 
 
 def test_asked_for_by_hand(tmp_path: Path) -> None:

@@ -450,8 +450,8 @@ def test_recent_inputs_are_kept_within_bounds_in_the_form_of_the_example() -> No
         assert model.report()["reservoir"] == {"rows": 20, "bytes": 480, "seen": 35}
 
 
-def test_with_keep_inputs_off_nothing_is_kept() -> None:
-    with watching(keep_inputs=False) as model:
+def test_nothing_is_kept_where_nothing_is_to_be_kept() -> None:
+    with watching(keep="nothing") as model:
         model(traffic(30, 1))
         model.settle()
         assert model.reservoir is None

@@ -256,7 +256,7 @@ def test_a_part_is_cut_by_the_shares() -> None:
             entropy = [7, int.from_bytes(key[:8], "little")]
             share = np.random.SeedSequence(entropy).generate_state(1)[0] / 2**32
             slow = sum(bool(share >= edge) for edge in np.cumsum(shares)[:-1])
-            assert module._part(key, 7, shares) == slow
+            assert module.part_of(key, 7, shares) == slow
 
 
 def test_an_empty_stream(backbone: nn.Module) -> None:

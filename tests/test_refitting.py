@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import models
 import pytest
@@ -19,9 +19,13 @@ from torch import Tensor
 import offramp
 import offramp.refresh as refresh_module
 from offramp.artifact import load, save
+from offramp.evaluation import evaluate
+from offramp.observing import Observer
 from offramp.refitting import as_stream, old_name, refit, renamed
-from offramp.refresh import CERTIFY, CURRENT, JOB, RESULT, TRAIN, Refresh, _store
+from offramp.refresh import CERTIFY, CURRENT, EXAMPLE, JOB, RESULT, TRAIN, Refresh, _store
+from offramp.splitting import split
 from offramp.streams import Batch
+from offramp.tasks import Classification
 
 
 def backbone() -> torch.nn.Module:
@@ -49,6 +53,7 @@ def job(folder: Path, **more: Any) -> Path:
         "confidence_level": 0.975,
         "answers_from": [],
         "device": "cpu",
+        "observed": False,
         "cpu_share": 1.0,
         "time_budget_s": 10.0,
         "method": "offramp",
@@ -98,12 +103,38 @@ def test_a_refit_learns_certifies_and_takes_the_serving_caches_along(tmp_path: P
 
 
 @pytest.mark.slow
-def test_from_live_traffic_to_a_served_plan(tmp_path: Path) -> None:
+def test_a_refit_from_activations_alone(tmp_path: Path) -> None:
+    """No input is in the folder, so a cache on the input that serves is not taken along, and all others learn."""
+    model = backbone()
+    folder = job(tmp_path, observed=True, time_budget_s=20.0)
+    split_model = split(model, Batch((easy(4, 0),)))
+    observe = Observer(split_model, Classification())
+    lots = {TRAIN: easy(1500, 1), CERTIFY: torch.cat([easy(1480, 2), easy(20, 1)])}  # the last 20 trained as well
+    for lot, x in lots.items():
+        _store(observe(Batch((x,)), torch.full((len(x),), 0.9)), folder / lot)
+    _store(split_model.example, folder / EXAMPLE)
+    outcome = refit(folder, model)
+    assert outcome["certified"], outcome
+    assert outcome["cost"] < outcome["cost_now"] == pytest.approx(0.9)
+    assert not any(name.startswith("input/") for name in outcome["caches"])
+    cached = load(folder / RESULT, model)
+    assert cached.certificate.within_tolerance
+    assert cached.certificate.n < 1000
+    x = easy(2000, 3)
+    with torch.no_grad():
+        assert (cached(x).argmax(1) != model(x).argmax(1)).double().mean() <= 0.04, "on inputs that nobody has seen"
+    assert evaluate(cached, [x], batch_sizes=()).flops_ratio == pytest.approx(outcome["cost"], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["inputs", "activations"])
+def test_from_live_traffic_to_a_served_plan(tmp_path: Path, keep: Literal["inputs", "activations"]) -> None:
     """Everything for real: the process, its certificate, and the swap."""
     model = backbone()
     policy = Refresh(train_rows=1000, certify_rows=1200, time_budget_s=10, cpu_share=1.0)
     cached = offramp.uncached(model, easy(4, 0), tolerance=0.02)
-    with offramp.online(cached, refresh=policy, state=tmp_path, seed=0) as served:
+    shadow = 0.01 if keep == "inputs" else 1.0
+    with offramp.online(cached, refresh=policy, keep=keep, shadow=shadow, state=tmp_path, seed=0) as served:
         deadline, seed = time.monotonic() + 240, 10
         while served.report()["plan"] == 0:
             assert time.monotonic() < deadline, served.report()["refresh"]
@@ -117,6 +148,7 @@ def test_from_live_traffic_to_a_served_plan(tmp_path: Path) -> None:
         with torch.no_grad():
             assert (served(x).argmax(1) != model(x).argmax(1)).double().mean() <= 0.04
     assert (tmp_path / "plans" / "0001").is_dir()
+    assert (tmp_path / "inputs").exists() == (keep == "inputs")
 
 
 @pytest.mark.slow

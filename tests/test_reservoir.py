@@ -118,8 +118,10 @@ def test_files_outlive_it(tmp_path: Path) -> None:
 
 
 def test_files_of_another_size_are_begun_anew(tmp_path: Path) -> None:
-    Reservoir(EXAMPLE, 2 * 7 * ROW_BYTES, folder=tmp_path).add(numbered(1, 5))
-    smaller = Reservoir(EXAMPLE, 2 * 3 * ROW_BYTES, folder=tmp_path)
+    before = Reservoir(EXAMPLE, 2 * 7 * ROW_BYTES, folder=tmp_path)
+    before.add(numbered(1, 5))
+    smaller = Reservoir(EXAMPLE, 2 * 3 * ROW_BYTES, folder=tmp_path, seen=before.seen)
+    assert (smaller.seen, len(smaller)) == (0, 0), "not five rows of zeros"
     smaller.add(numbered(1, 1))
     assert smaller.inputs().kwargs["mask"].tolist() == [1, 1]
 

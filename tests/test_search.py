@@ -323,6 +323,9 @@ def test_token_ids_are_looked_through_once_for_the_vocabulary() -> None:
     class Watched:
         shape, dtype = ids.shape, ids.dtype
 
+        def __len__(self) -> int:
+            return len(ids)
+
         def __getitem__(self, rows: Any) -> Any:
             nonlocal looks
             looks += isinstance(rows, np.ndarray)

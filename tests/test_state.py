@@ -19,7 +19,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state")
     assert folder.read() is None
     folder.write({"plan": 3})
-    assert folder.read() == {"format": "offramp-state", "format_version": 1, "plan": 3}
+    assert folder.read() == {"format": "offramp-state", "format_version": 2, "plan": 3}
     folder.close()
 
 
@@ -38,7 +38,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         ('{"format": "offramp-sta', "cannot be read .* how much of the failure budget is spent"),
         ("[]", "is not the state of a model in service"),
         ('{"format": "other"}', "is not the state of a model in service"),
-        ('{"format": "offramp-state", "format_version": 2}', "has format 2, this offramp reads 1"),
+        ('{"format": "offramp-state", "format_version": 3}', "has format 3, this offramp reads 2"),
     ],
 )
 def test_what_cannot_be_read_is_told(tmp_path: Path, text: str, message: str) -> None:

@@ -95,6 +95,11 @@ class Candidates:
         """Seconds until training has to end, at least one; None without a limit."""
         return None if self.deadline is None else max(1.0, self.deadline - time.monotonic())
 
+    @property
+    def points(self) -> Sequence[SplitPoint]:
+        """The split points at which there can be caches: all, or those behind the input where inputs were not kept."""
+        return self.split.points[0 if self.recording.has_inputs else 1 :]
+
     def ordered(self) -> list[Trained]:
         """The candidates in the order in which a request meets them."""
         return sorted(self.trained, key=lambda trained: trained.position)

@@ -66,7 +66,7 @@ def _choose(learned: Learned, tolerance: float, confidence_level: float) -> Cach
     certificate = _certificate(learned, plan, verdict, tolerance, confidence_level)
     cached = _assemble(candidates, trained, plan, certificate, costs)
     latency: tuple[LatencyRatio, ...] = ()
-    if plan.caches:
+    if plan.caches and candidates.recording.has_inputs:  # else there is nothing to time it on
         latency = _latency(cached, learned)
         if learned.method.rule == "certificate":  # a published rule is left as it is published
             plan = never_slower(plan, latency)

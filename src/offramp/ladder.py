@@ -127,7 +127,7 @@ class Ladder:
         if isinstance(recents, RecentCache):
             recents.answering = rung.name == EXTENDED
             self.extension = Detector(1 - self.tolerance, self.run_length) if rung is self.top else None
-        self.economy = Economy(_cost_by_exit(rung), rung.model.plan.estimated_cost)
+        self.economy = Economy(cost_by_exit(rung), rung.model.plan.estimated_cost)
         self._trial: Trial | None = None
         self._interrupted: tuple[Rung, Monitor, Detector | None] | None = None
         self.rung = rung
@@ -263,11 +263,11 @@ class Ladder:
         live = _live(answers_from)
         if live == 0 or routed == 0:
             return live > 0
-        cost_by_exit, cost, left = _cost_by_exit(Rung("", self.top.model, tuple(answers_from))), 0.0, 1.0
+        cost_E, cost, left = cost_by_exit(Rung("", self.top.model, tuple(answers_from))), 0.0, 1.0
         for k, planned in enumerate(self.top.model.plan.caches[:live]):
             hits = self.monitor.caches[planned.name].at_least(answers_from[k]) if answers_from[k] < math.inf else 0
-            cost, left = cost + hits / routed * cost_by_exit[k], left - hits / routed
-        return cost + left * cost_by_exit[-1] < 1
+            cost, left = cost + hits / routed * cost_E[k], left - hits / routed
+        return cost + left * cost_E[-1] < 1
 
     # -- across a restart --------------------------------------------------------------------------
 
@@ -310,12 +310,13 @@ def _live(answers_from: Sequence[float]) -> int:
     return 1 + max((k for k, limit in enumerate(answers_from) if limit < math.inf), default=-1)
 
 
-def _cost_by_exit(rung: Rung) -> list[float]:
-    """What a request costs that leaves at each cache, and at the end, in units of the backbone's cost."""
+def cost_by_exit(rung: Rung, *, weight_flops: float = 0.0) -> list[float]:
+    """What a request costs that leaves at each cache, and at the end, in units of the backbone's cost: measured time,
+    FLOPs or a mixture (`offramp.cost.shares`)."""
     caches = len(rung.model.plan.caches)
     if len(rung.model.costs.caches) != caches:  # look-ups were not measured: as if they were free
         return [1.0] * (caches + 1)
-    before_K, cache_K = shares(rung.model.costs)
+    before_K, cache_K = shares(rung.model.costs, weight_flops=weight_flops)
     looked_up_K = np.cumsum(cache_K)
     live = _live(rung.answers_from)
     return [*(before_K + looked_up_K).tolist(), 1.0 + float(looked_up_K[live - 1] if live else 0.0)]

@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ from torch import Tensor
 from offramp.artifact import is_saved_in, load_onto, save
 from offramp.caches.recent import Peeked
 from offramp.errors import InputError, OfframpError
-from offramp.ladder import CERTIFIED, EXTENDED, Ladder, Rung, Told
+from offramp.ladder import CERTIFIED, EXTENDED, Ladder, Rung, Told, cost_by_exit
 from offramp.model import BACKBONE, RESULT, CachedModel, Prediction, as_call
 from offramp.monitoring import LatencySketch, Monitor
+from offramp.observing import Observer, logits_of
 from offramp.rebuilding import OptimizedModel
 from offramp.refresh import Candidate, Refresh, Refresher
 from offramp.reservoir import Reservoir
@@ -44,6 +45,7 @@ from offramp.streams import Batch
 
 log = logging.getLogger("offramp")
 
+KEEPS = ("inputs", "activations", "nothing")
 LATENCIES = (0.5, 0.95, 0.99)
 UPKEEP_S = 0.2  # how often it is looked whether something is due
 SAVED_S = 0.8  # how old the state on disk may become
@@ -55,7 +57,7 @@ def online(
     shadow: float = 0.01,
     run_length: float = 10_000,
     queue_size: int = 64,
-    keep_inputs: bool = True,
+    keep: Literal["inputs", "activations", "nothing"] = "inputs",
     reservoir_bytes: int = 64 << 20,
     seed: int | None = None,
     refresh: Refresh | None = None,
@@ -70,8 +72,9 @@ def online(
     shadow: share of the requests that are sampled; those that a cache answered also run to the end, in the background.
     run_length: how many sampled requests pass between two false alarms, on average and at the least. queue_size: how
     many calls with sampled requests may wait for their shadows; what does not fit is dropped, and counted.
-    keep_inputs, reservoir_bytes: whether inputs are kept, and how many bytes of them; with `keep_inputs=False` no input
-    outlives its shadow. seed: of all that is random here.
+    keep, reservoir_bytes: of recent requests what is kept, and how many bytes of it. With "activations" or "nothing" no
+    input outlives its shadow. Activations (and logits) are those of the sampled requests alone, which then all run to
+    the end in the background; caches on the raw input are not learned from them. seed: of all that is random here.
 
     refresh: learn from the traffic too, see `Refresh`; to begin without caches pass `offramp.uncached(backbone, x)`.
     All certifications of the model's life share what they may fail with: 1 minus its confidence level, beside that of
@@ -89,8 +92,10 @@ def online(
         raise InputError(f"shadow is {shadow!r}; expected a share of the requests above 0 and at most 1, such as 0.01")
     if queue_size < 1:
         raise InputError(f"queue_size is {queue_size!r}; expected a number of calls, at least 1")
-    if refresh is not None and not keep_inputs:
-        raise InputError("refresh learns from recent inputs, and keep_inputs is False; leave one of them out")
+    if keep not in KEEPS:
+        raise InputError(f"keep is {keep!r}; expected one of {', '.join(map(repr, KEEPS))}")
+    if refresh is not None and keep == "nothing":
+        raise InputError("refresh learns from recent requests, and keep='nothing'; keep 'activations', or leave it out")
     if refresh is not None and isinstance(cached, OptimizedModel):
         raise InputError(
             "an optimized model is not refreshed yet; serve the model that it was made from, `cached.origin.base`"
@@ -98,9 +103,7 @@ def online(
     ladder, sampler = Ladder(cached, run_length, seed), _Sampler(shadow, seed)
     folder = None if state is None else StateFolder(state)
     try:
-        return OnlineModel(
-            ladder, sampler, queue_size, reservoir_bytes if keep_inputs else None, refresh=refresh, folder=folder
-        )
+        return OnlineModel(ladder, sampler, queue_size, keep, reservoir_bytes, refresh=refresh, folder=folder)
     except BaseException:
         if folder is not None:
             folder.close()
@@ -133,8 +136,9 @@ class _Counts:
 class OnlineModel:
     """A cached model that is watched while it serves; made by `online`. May be called from many threads.
 
-    `rung` is what answers now, `reservoir` holds recent inputs (None: none are kept). Closing it ends the watch; calls
-    go on being answered, from the rung that was reached, and nothing is sampled any more.
+    `rung` is what answers now. `reservoir` holds recent inputs or what was observed of them (`offramp.observing`), and
+    is None where nothing is kept. Closing it ends the watch; calls go on being answered, from the rung that was
+    reached, and nothing is sampled any more.
     """
 
     def __init__(
@@ -142,7 +146,8 @@ class OnlineModel:
         ladder: Ladder,
         sampler: _Sampler,
         queue_size: int,
-        reservoir_bytes: int | None,
+        keep: str,
+        reservoir_bytes: int,
         *,
         refresh: Refresh | None,
         folder: StateFolder | None,
@@ -155,18 +160,21 @@ class OnlineModel:
         cached = ladder.top.model
         document = None if folder is None else folder.read()
         seed, seen = sampler.seed, 0 if document is None else document["seen"]
-        inputs = None if folder is None else folder.inputs
+        example, self._observer = cached.split_model.example, None
+        if keep == "activations":
+            self._observer = Observer(cached.split_model, cached.task)
+            example = self._observer(example, torch.zeros(len(example)))
+        kept = None if folder is None else folder.kept(keep)
         self.reservoir = (
-            None
-            if reservoir_bytes is None
-            else Reservoir(cached.split_model.example, reservoir_bytes, seed=seed, folder=inputs, seen=seen)
+            None if keep == "nothing" else Reservoir(example, reservoir_bytes, seed=seed, folder=kept, seen=seen)
         )
         self._scratch = None if folder is not None or refresh is None else Path(tempfile.mkdtemp(prefix="offramp-"))
         self._refresher = None
         if refresh is not None and self.reservoir is not None:
             job = folder.refit if folder is not None else self._scratch
             assert job is not None
-            self._refresher = Refresher(refresh, cached, self.reservoir, job, self._save_state)
+            observed = self._observer is not None
+            self._refresher = Refresher(refresh, cached, self.reservoir, job, self._save_state, observed=observed)
         self._keep_plans = 0 if refresh is None else refresh.keep
         self._earlier: list[tuple[int, CachedModel]] = []  # plans that can be returned to, the latest last
         self._number = 0  # of the plan that serves
@@ -220,7 +228,8 @@ class OnlineModel:
         else:
             served = model.serve(batch)
             answer, left_at = served.output, list(served.left_at())
-        self._keep(batch)
+        if self._observer is None:
+            self._keep(batch)
         asked = bool(model.plan.caches) and not model.bypasses(len(batch))
         with self._lock:
             self._counts.requests += len(batch)
@@ -233,16 +242,17 @@ class OnlineModel:
         return answer
 
     def _keep(self, batch: Batch) -> None:
+        """batch: inputs of a call, or observed requests."""
         if (reservoir := self.reservoir) is None:
             return
         try:
-            kept = self._ladder.top.model.split_model.like_example(batch)
+            kept = batch if self._observer else self._ladder.top.model.split_model.like_example(batch)
             reservoir.add(kept)
             if self._refresher is not None:
                 self._refresher.add(kept)
         except Exception:  # no error of ours may reach the caller
             self.reservoir = None
-            log.exception("the reservoir failed; no inputs are kept from now on")
+            log.exception("the reservoir failed; nothing is kept from now on")
 
     def _enqueue(self, sampled: _Sampled) -> None:
         """Hits and misses alike wait here, so whether there is room has nothing to do with what was answered."""
@@ -313,7 +323,11 @@ class OnlineModel:
                 runs = [hit or at < len(model.plan.caches) for hit, at in zip(hits, plan_exits, strict=True)]
             truth_B = answer_B.clone()  # of a row that no cache answered it is the backbone's own
             rows = torch.tensor([row for row, run in enumerate(runs) if run], dtype=torch.long, device=answer_B.device)
-            if len(rows):
+            if self._observer is not None:
+                observed = self._observer(batch, _flops(sampled))
+                self._keep(observed)
+                truth_B[rows] = model.task.answer(logits_of(observed).to(rows.device)[rows])
+            elif len(rows):
                 logits_BC = model.task.logits(model.split_model.backbone_leaves(batch.rows(rows)))
                 truth_B[rows] = model.task.answer(logits_BC)
             answers = (answer_B, plan_answer_B, sampled.extended_answer_B)
@@ -595,6 +609,14 @@ class _Sampler:
         if self.share == 1:
             return 0
         return int(math.log(1 - self._random.random()) / math.log1p(-self.share))
+
+
+def _flops(sampled: _Sampled) -> Tensor:
+    """(B,) FLOPs of these requests as they were served, in units of the backbone's."""
+    rung, caches = sampled.rung, len(sampled.rung.model.plan.caches)
+    cost_E = [1.0] * (caches + 1) if rung.model.bypasses(1) else cost_by_exit(rung, weight_flops=1.0)
+    cost_E += [0.0] * (len(rung.model.exits) - len(cost_E))  # of answers that were stored
+    return torch.tensor(cost_E)[sampled.left_at_B.cpu()]
 
 
 def _routed(left_at: Sequence[int], model: CachedModel) -> list[int]:

@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.augment import AUGMENTATIONS, is_image, mirror, shift
-from offramp.caches import Reduction, reduction_for
+from offramp.caches import Reduction
 from offramp.errors import InputError, StorageError, StreamError
+from offramp.observing import activations, keys_of, reductions_of
 from offramp.precision import has_fast_bfloat16
 from offramp.progress import bar
 from offramp.splitting import SplitModel
@@ -106,6 +107,11 @@ class Recording:
     def __len__(self) -> int:
         return len(self.part_N)
 
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the inputs themselves were recorded; of traffic whose inputs may not be kept they were not."""
+        return len(self.features[0]) > 0
+
     def index(self, part: int) -> NDArray[np.intp]:
         """Row numbers of a part."""
         return np.flatnonzero(self.part_N == part)
@@ -126,7 +132,7 @@ class Recording:
         part_N = self.part_N.copy()
         # By the half of the digest that did not decide on train or held out: with the first half, rows that are held
         # out under a seed would all fall to one part under the same seed.
-        part_N[held_out] = [_part(bytes(key)[8:], seed, shares) for key in self.keys_N[held_out]]
+        part_N[held_out] = [part_of(bytes(key)[8:], seed, shares) for key in self.keys_N[held_out]]
         tune = _Digests(self.keys_N[part_N == TUNE])
         still_tune = [row for row, key in enumerate(self.sample.row_keys()) if key in tune]
         return dataclasses.replace(self, part_N=part_N, sample=self.sample.rows(torch.tensor(still_tune or [0])))
@@ -185,6 +191,32 @@ def record(
     return recording
 
 
+def recording_of(split: SplitModel, train: Batch, newer: Batch, seed: int) -> Recording:
+    """A recording in which one lot of observed requests trains, and of the newer ones each tunes or certifies.
+
+    Of the newer requests those that also occur in `train` are left out. Its `sample` is the split model's own example.
+    """
+    known, newer_keys = set(keys_of(train)), keys_of(newer)
+    fresh = newer.rows(torch.tensor([row for row, key in enumerate(newer_keys) if key not in known], dtype=torch.long))
+    rows = concatenated([train, fresh])
+    *features, _, logits_NC, _ = (tensor.numpy() for tensor in rows.args)
+    parts = [TRAIN] * len(train) + [part_of(key, seed, SHARES_CERTIFY_STREAM) for key in keys_of(fresh)]
+    no_input: NDArray[Any] = np.zeros((0, *split.points[0].shape), np.float32)
+    return Recording(
+        features=[no_input, *features],
+        reductions=reductions_of(split),
+        logits_NC=logits_NC,
+        part_N=np.array(parts, np.uint8),
+        copy_N=np.zeros(len(parts), np.uint8),
+        label_N=None,
+        keys_N=np.frombuffer(b"".join(keys_of(rows)), KEY),
+        dropped_duplicates=len(newer) - len(fresh),
+        sample=split.example,
+        backbone=split.fingerprint,
+        separate=True,
+    )
+
+
 class _Recorder:
     """Appends rows to one file per column; a journal says how many rows are complete.
 
@@ -203,9 +235,7 @@ class _Recorder:
         bfloat16: bool = True,
     ) -> None:
         self.split, self.task, self.seed, self.separate = split, task, seed, separate
-        self.reductions = [
-            reduction_for(point.shape, is_input=position == 0) for position, point in enumerate(split.points)
-        ]
+        self.reductions = reductions_of(split)
         self.folder = None if workdir is None else workdir / "recording"
         self.files: dict[str, IO[bytes]] = {}
         self.columns: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
@@ -273,7 +303,7 @@ class _Recorder:
         batch, keys = batch.rows(slice(skip, None)), keys[skip:]
         if not keys or through:
             return
-        parts = [_part(key, self.seed, reading.shares) for key in keys]
+        parts = [part_of(key, self.seed, reading.shares) for key in keys]
         fresh = [part == TRAIN or key not in self.trained for key, part in zip(keys, parts, strict=True)]
         kept = [i for i, keep in enumerate(fresh) if keep and not self.adopted.take(keys[i])]
         state = dataclasses.replace(
@@ -291,7 +321,7 @@ class _Recorder:
 
     def _sample(self, batch: Batch, keys: list[bytes], shares: Sequence[float]) -> None:
         missing = SAMPLE_ROWS - sum(map(len, self.sample))
-        rows = [i for i, key in enumerate(keys) if missing > 0 and _part(key, self.seed, shares) == TUNE][:missing]
+        rows = [i for i, key in enumerate(keys) if missing > 0 and part_of(key, self.seed, shares) == TUNE][:missing]
         if rows:
             self.sample.append(batch.rows(torch.tensor(rows)).to("cpu"))
 
@@ -342,18 +372,9 @@ class _Recorder:
     @torch.inference_mode()
     def _run(self, batch: Batch, *, bfloat16: bool = False) -> tuple[dict[str, NDArray[Any]], Tensor]:
         """What caches will read at each split point, and the backbone's logits."""
-        columns: dict[str, NDArray[Any]] = {}
         try:
-            live = self.split.flatten(batch.to(self.split.device))
-            for position, stage in enumerate(self.split.stages):
-                activation = self.split.activation(position, live)
-                if bfloat16 and activation.is_floating_point():
-                    # The reduction clamps to the largest number of half precision, which bfloat16 does not have.
-                    activation = activation.float()
-                columns[f"point_{position}"] = _storable(self.reductions[position](activation))
-                with torch.autocast(self.split.device.type, torch.bfloat16, enabled=bfloat16):
-                    live = stage(*live)
-            return columns, self.task.logits(live).float()
+            features, logits_BC = activations(self.split, self.reductions, self.task, batch, bfloat16=bfloat16)
+            return {f"point_{position}": _storable(feature) for position, feature in enumerate(features)}, logits_BC
         except Exception as error:
             raise StreamError(
                 f"the backbone fails on inputs near number {self.rows}: {type(error).__name__}: {error}"
@@ -647,7 +668,7 @@ def _check_recorded(split: SplitModel, recorded: Recording) -> None:
         )
 
 
-def _part(key: bytes, seed: int, shares: Sequence[float]) -> int:
+def part_of(key: bytes, seed: int, shares: Sequence[float]) -> int:
     """The part of a row, decided by its digest and the seed alone."""
     mixed = np.random.SeedSequence([seed, int.from_bytes(key[:8], "little")]).generate_state(1)[0]
     return bisect_right(list(itertools.accumulate(shares))[:-1], float(mixed) / 2**32)

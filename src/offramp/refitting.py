@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +28,19 @@ from torch import nn
 from offramp.artifact import load, save
 from offramp.caches import Cache
 from offramp.candidates import Candidates
-from offramp.choosing import choose
+from offramp.choosing import Learned, choose
+from offramp.cost import flop_shares
 from offramp.distillation import TrainingLog
 from offramp.evaluation import evaluate
 from offramp.fitting import learn
 from offramp.methods import Method, method_named
 from offramp.model import CachedModel
-from offramp.placement import CacheCosts, Thresholds
-from offramp.refresh import CERTIFY, CURRENT, JOB, OUTCOME, RESULT, TRAIN, stored
+from offramp.observing import cost_of
+from offramp.placement import CacheCosts, Thresholds, expected_cost
+from offramp.recording import CERTIFY as HELD_BACK
+from offramp.recording import recording_of
+from offramp.refresh import CERTIFY, CURRENT, EXAMPLE, JOB, OUTCOME, RESULT, TRAIN, stored
+from offramp.splitting import split
 from offramp.state import write_whole
 from offramp.streams import Batch
 from offramp.types import Records
@@ -57,7 +62,10 @@ class Continued(Method):
 
     def learn(self, candidates: Candidates, tolerance: float) -> None:
         self.base.learn(candidates, tolerance)
+        points = [point.name for point in candidates.points]
         for cache in self.serving:
+            if cache.point not in points or (cache.reads is not None and not candidates.recording.has_inputs):
+                continue  # what it reads was not kept
             candidates.add(cache, TrainingLog(steps=0, seconds=0.0, final_loss=math.nan))
 
     def thresholds(self, records: Records, costs: CacheCosts, tolerance: float) -> Thresholds:
@@ -67,13 +75,12 @@ class Continued(Method):
 def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     """What became of the job in this folder; where that is a plan, it is there as well."""
     started, job = time.monotonic(), json.loads((folder / JOB).read_text())
-    train, newer = stored(folder / TRAIN), stored(folder / CERTIFY)
-    traffic, fresh = (as_stream(part.to(job["device"])) for part in (train, newer))
     now = load(folder / CURRENT, backbone) if (folder / CURRENT).exists() else None
+    lots = (Observed if job["observed"] else Inputs)(folder, job, backbone)
     learned = learn(
         backbone,
-        traffic,
-        certify=fresh,
+        lots.stream,
+        certify=lots.certify,
         tolerance=job["tolerance"],
         confidence_level=job["confidence_level"],
         method=Continued(base=method_named(job["method"]), serving=() if now is None else renamed(now)),
@@ -92,15 +99,45 @@ def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     }
     if not cached.plan.caches:
         return outcome | {"reason": cached.plan.reason, "seconds": time.monotonic() - started}
-    compared = fresh[: COMPARED_ROWS // BATCH]
-    cost, cost_now = flops(cached, compared), 1.0
-    if now is not None:
-        cost_now = flops(now.restricted([math.inf if x is None else x for x in job["answers_from"]]), compared)
+    cost, cost_now = lots.costs(learned, cached, now)
     outcome |= {"cost": cost, "cost_now": cost_now, "seconds": time.monotonic() - started}
     if cost >= cost_now:
         return outcome | {"reason": f"it is not cheaper than what serves: {cost:.3f} and {cost_now:.3f} of the FLOPs"}
     save(cached, folder / RESULT)
     return outcome | {"certified": True}
+
+
+class Inputs:
+    """Traffic as it came: `stream` and `certify` are what `learn` takes."""
+
+    def __init__(self, folder: Path, job: Mapping[str, Any], backbone: nn.Module) -> None:
+        del backbone
+        self._answers_from = [math.inf if least is None else least for least in job["answers_from"]]
+        self.stream, self.certify = (as_stream(stored(folder / lot).to(job["device"])) for lot in (TRAIN, CERTIFY))
+
+    def costs(self, learned: Learned, cached: CachedModel, now: CachedModel | None) -> tuple[float, float]:
+        """FLOPs of a request with the new plan, and with what serves, on the same newer inputs."""
+        del learned
+        compared = self.certify[: COMPARED_ROWS // BATCH]
+        return flops(cached, compared), 1.0 if now is None else flops(now.restricted(self._answers_from), compared)
+
+
+class Observed:
+    """The same of traffic whose inputs were not kept: a recording of it."""
+
+    def __init__(self, folder: Path, job: Mapping[str, Any], backbone: nn.Module) -> None:
+        split_model = split(backbone, stored(folder / EXAMPLE).to(job["device"]))
+        self._newer = stored(folder / CERTIFY)
+        self.stream = recording_of(split_model, stored(folder / TRAIN), self._newer, job["seed"])
+        self.certify = None
+
+    def costs(self, learned: Learned, cached: CachedModel, now: CachedModel | None) -> tuple[float, float]:
+        """As above, but what serves may read inputs: what the newer requests cost when they were served."""
+        del now
+        enabled = [learned.candidates.named(planned.name) for planned in cached.plan.caches]
+        thresholds_K = [planned.threshold for planned in cached.plan.caches]
+        said = learned.candidates.records(enabled, HELD_BACK)
+        return expected_cost(said, thresholds_K, CacheCosts(*flop_shares(cached.costs))), cost_of(self._newer)
 
 
 def as_stream(rows: Batch) -> list[Any]:

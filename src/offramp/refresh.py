@@ -44,8 +44,9 @@ from offramp.streams import Batch
 
 log = logging.getLogger("offramp")
 
-JOB, TRAIN, CERTIFY, OUTCOME, RESULT, CURRENT, LOG = (
+JOB, EXAMPLE, TRAIN, CERTIFY, OUTCOME, RESULT, CURRENT, LOG = (
     "job.json",
+    "example.safetensors",
     "train.safetensors",
     "certify.safetensors",
     "outcome.json",
@@ -131,8 +132,10 @@ class Attempt:
 class Refresher:
     """Decides when to learn, and has it done. `tick` is called by one thread; `add` and `want` by any.
 
-    folder: of the job that runs. spent: called once a certification has been spent from the budget; it must have that
-    on disk when it returns, and whatever it raises ends the attempt before it begins.
+    observed: whether the reservoir holds observed requests (`offramp.observing`) instead of inputs; then all numbers of
+    inputs are those of such requests. folder: of the job that runs. spent: called once a certification has been spent
+    from the budget; it must have that on disk when it returns, and whatever it raises ends the attempt before it
+    begins.
     """
 
     def __init__(
@@ -142,8 +145,11 @@ class Refresher:
         reservoir: Reservoir,
         folder: Path,
         spent: Callable[[], None],
+        *,
+        observed: bool = False,
     ) -> None:
         self.policy, self._reservoir, self._folder, self._spent = policy, reservoir, folder, spent
+        self._observed = observed
         certificate = cached.certificate
         self.tolerance = certificate.tolerance
         allowance = 1 - certificate.confidence_level
@@ -161,7 +167,7 @@ class Refresher:
     # -- from the calls ----------------------------------------------------------------------------
 
     def add(self, batch: Batch) -> None:
-        """Inputs of a call, in the form of the example."""
+        """What the reservoir got too."""
         if (fresh := self._fresh) is not None and not fresh.full:
             fresh.add(batch)
 
@@ -244,13 +250,17 @@ class Refresher:
         level, certify_rows = 1 - self.budget.next_probability(), len(newer)
         _store(newer, self._folder / CERTIFY)
         self._fresh = None
+        split_model = serving.model.split_model
         if serving.model.plan.caches:
             save(serving.model, self._folder / CURRENT)
+        if self._observed:
+            _store(split_model.example, self._folder / EXAMPLE)
         job = {
             "tolerance": self.tolerance,
             "confidence_level": level,
             "answers_from": finite(serving.answers_from),
-            "device": str(serving.model.split_model.device),
+            "device": str(split_model.device),
+            "observed": self._observed,
             "cpu_share": self.policy.cpu_share,
             "time_budget_s": self.policy.time_budget_s,
             "method": self.policy.method,
@@ -275,7 +285,7 @@ class Refresher:
             self.budget = before  # nobody has looked at these inputs
             raise
         self.attempts = [*self.attempts, attempt][-KEPT_ATTEMPTS:]
-        self._process, self._began = _Process(self._folder, serving.model.split_model), time.monotonic()
+        self._process, self._began = _Process(self._folder, split_model), time.monotonic()
 
     def _harvest(self, process: _Process) -> Candidate | None:
         if process.running():
@@ -330,7 +340,7 @@ class Refresher:
             "attempts": [asdict(attempt) for attempt in self.attempts],
             "held_at_last": self._held_at_last,
             "failures": self._failures,
-            "not_before": self._not_before,
+            "wait": max(0, self._not_before - self._reservoir.seen),
         }
 
     def resume(self, document: Mapping[str, Any]) -> None:
@@ -341,7 +351,7 @@ class Refresher:
         self.attempts = [replace(one, outcome=over) if one.outcome == "running" else one for one in attempts]
         interrupted = any(one.outcome == "running" for one in attempts)
         self._held_at_last = 0 if interrupted else document["held_at_last"]
-        self._failures, self._not_before = document["failures"], document["not_before"]
+        self._failures, self._not_before = document["failures"], self._reservoir.seen + document["wait"]
 
     def report(self) -> dict[str, Any]:
         state = "idle"

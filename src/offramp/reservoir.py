@@ -21,9 +21,10 @@ class Reservoir:
     ACM TOMS 11, 1985). An input may be in both parts. InputError when there is no room for one row in each.
 
     folder: keep them in files there instead of in memory, so that they outlive the process however it ends: a later one
-    takes them over as far as `seen`, which its caller has kept, says. A row that was being written when the process was
-    killed may be half old and half new. StorageError when the files cannot be made; they have their full size at once,
-    because a disk that is full cannot be told to a process that writes through a map.
+    takes them over as far as `seen`, which its caller has kept, says, and begins anew where they have another size. A
+    row that was being written when the process was killed may be half old and half new. StorageError when the files
+    cannot be made; they have their full size at once, because a disk that is full cannot be told to a process that
+    writes through a map.
     """
 
     def __init__(
@@ -40,26 +41,30 @@ class Reservoir:
         if self.part_rows < 1:
             raise InputError(
                 f"{max_bytes} bytes have no room for two inputs of {self.row_bytes} bytes; expected at least "
-                f"{2 * self.row_bytes}, or `keep_inputs=False`"
+                f"{2 * self.row_bytes}, or `keep='nothing'`"
             )
         self._device = example.tensors[0].device
+        self.seen = seen
         if folder is None:
             self._recent, self._uniform = (
                 [tensor.new_empty(self.part_rows, *tensor.shape[1:]) for tensor in example.tensors] for _ in range(2)
             )
         else:
-            self._recent, self._uniform = (
-                [
-                    _mapped(folder / f"{part}.{number}.bin", (self.part_rows, *tensor.shape[1:]), tensor.dtype)
-                    for number, tensor in enumerate(example.tensors)
-                ]
-                for part in ("recent", "uniform")
-            )
+            self._recent, self._uniform = (self._files(folder, part, example) for part in ("recent", "uniform"))
         self._positional, self._names = len(example.args), list(example.kwargs)
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._number = torch.arange(self.part_rows)  # of the input in each slot of the uniform part
-        self.seen = seen
+
+    def _files(self, folder: Path, part: str, example: Batch) -> list[Tensor]:
+        files = [folder / f"{part}.{number}.bin" for number in range(len(example.tensors))]
+        sizes = [self.part_rows * tensor[:1].numel() * tensor.element_size() for tensor in example.tensors]
+        if not all(file.exists() and file.stat().st_size == size for file, size in zip(files, sizes, strict=True)):
+            self.seen = 0
+        return [
+            _mapped(file, (self.part_rows, *tensor.shape[1:]), tensor.dtype)
+            for file, tensor in zip(files, example.tensors, strict=True)
+        ]
 
     def __len__(self) -> int:
         return 2 * min(self.seen, self.part_rows)

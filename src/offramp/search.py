@@ -88,6 +88,8 @@ class Search:
     # -- the rounds --------------------------------------------------------------------------------
 
     def _students(self) -> Iterator[LearnedCache]:
+        if not self.candidates.recording.has_inputs:
+            return
         point = self.split.points[0]
         floating = point.dtype.is_floating_point
         if not (is_image(tuple(point.shape), floating=floating) or self._needs_own_vectors(point)):
@@ -109,7 +111,8 @@ class Search:
     def _pooled(self, reader: Trained | None) -> Iterator[LearnedCache]:
         if not self.pooled:
             return
-        points = [point for point in self.split.points[0 if reader is None else 1 :] if point.dtype.is_floating_point]
+        points = self.candidates.points if reader is None else self.split.points[1:]
+        points = [point for point in points if point.dtype.is_floating_point]
         reads = None if reader is None else reader.cache
         for point in evenly(points, MAX_POINTS):
             if len(point.shape) == 2:

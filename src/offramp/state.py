@@ -2,7 +2,7 @@
 
     state.json     everything that is decided or counted, written whole, at most a second old
     plans/0001/    one artefact per plan that was served, as `offramp.save` writes it
-    inputs/        the reservoir's files
+    inputs/        the reservoir's files; or activations/
     refit/         the job of the refit that is running
 
 A file is written under another name, flushed, and renamed, so a process that is killed leaves the old or the new one.
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from offramp.errors import ArtifactError, InputError, StorageError
 
-FORMAT, FORMAT_VERSION = "offramp-state", 1
+FORMAT, FORMAT_VERSION = "offramp-state", 2
 STATE, LOCK = "state.json", "lock"
-PLANS, INPUTS, REFIT = "plans", "inputs", "refit"
+PLANS, REFIT, KEPT = "plans", "refit", ("inputs", "activations")
 
 
 class StateFolder:
@@ -45,13 +46,20 @@ class StateFolder:
             ) from None
         except OSError as error:
             raise StorageError(f"cannot use the state folder {self.path}: {error.strerror or error}") from error
-        self.plans, self.inputs, self.refit = (self.path / name for name in (PLANS, INPUTS, REFIT))
+        self.plans, self.refit = self.path / PLANS, self.path / REFIT
 
     def _refuse_foreign(self) -> None:
         names = {entry.name for entry in self.path.iterdir()} - {f"{STATE}.new"}
-        if names and not names <= {STATE, LOCK, PLANS, INPUTS, REFIT}:
+        if names and not names <= {STATE, LOCK, PLANS, REFIT, *KEPT}:
             listed = ", ".join(sorted(names)[:5])
             raise InputError(f"{self.path} holds other things ({listed}); a state folder must be empty or one of ours")
+
+    def kept(self, what: str) -> Path:
+        """Where the reservoir's files of this kind are. Those of another kind are deleted: whoever no longer wants
+        inputs to be kept does not want those that were."""
+        for other in set(KEPT) - {what}:
+            shutil.rmtree(self.path / other, ignore_errors=True)
+        return self.path / what
 
     def read(self) -> dict[str, Any] | None:
         """What was written last; None in a new folder."""

@@ -70,6 +70,8 @@ class ApproximateKey(Method):
         if self.behind is not None:
             self.behind.learn(candidates, tolerance)
         others = list(candidates.trained)
+        if not candidates.recording.has_inputs:  # keys are made of them
+            return
         rows = candidates.train_rows
         rows = rows[candidates.recording.copy_N[rows] == 0]  # agreement is counted as in traffic, not among copies
         answer_N = candidates.answer_N[rows].numpy()

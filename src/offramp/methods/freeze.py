@@ -70,7 +70,7 @@ class Freeze(Method):
     def learn(self, candidates: Candidates, tolerance: float) -> None:
         """Ends early, with the stores that there are, when the user stops it or the time is up."""
         candidates.confidence = self.confidence
-        points = [point for point in candidates.split.points if point.dtype.is_floating_point]
+        points = [point for point in candidates.points if point.dtype.is_floating_point]
         chosen = evenly(points, MAX_POINTS)
         with bar("storing activations", len(chosen), show=candidates.show) as progress:
             for point in chosen:
