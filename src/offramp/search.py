@@ -41,6 +41,7 @@ POOLED_TIME, TRUNK_TIME = 0.15, 0.15  # of the training time, at most, where stu
 # Of their full training that caches have to get to be worth beginning. One student trained to the end saves more than
 # two that are not (docs/experiments.md), so a second one waits for a budget that trains both in full.
 LEAST, LEAST_STUDENTS = 0.5, 1.0
+STARVED = 0.15  # of its full training: a student that cannot have so much is not begun where pooled caches can be had
 
 
 class Search:
@@ -79,6 +80,8 @@ class Search:
                 sum(map(self._seconds, self._pooled(None))),
             )
             students_s = time_left - pooled_s - trunks_s
+            if students and self.pooled and STARVED * self._seconds(students[0]) > students_s:
+                students, pooled_s = [], time_left - trunks_s
         self._round("students", self._affordable(students, students_s, first), students_s)
         reader = self._reader()
         self._round("pooled", self._affordable(list(self._pooled(reader)), pooled_s, evenly), pooled_s)
