@@ -13,7 +13,7 @@ from offramp.precision import has_fast_bfloat16, rounding
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, False), ({}, False)],
+    [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)],
 )
 def test_a_cpu_is_fast_in_bfloat16_where_it_multiplies_matrices_of_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
