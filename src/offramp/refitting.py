@@ -31,7 +31,6 @@ from offramp.candidates import Candidates
 from offramp.choosing import Learned, choose
 from offramp.cost import flop_shares
 from offramp.distillation import TrainingLog
-from offramp.evaluation import evaluate
 from offramp.fitting import learn
 from offramp.methods import Method, method_named
 from offramp.model import CachedModel
@@ -46,7 +45,6 @@ from offramp.streams import Batch
 from offramp.types import Records
 
 BATCH = 128
-COMPARED_ROWS = 1024  # newer inputs on which the costs of both plans are compared
 TICK_S = 0.05  # how often it is seen to that the share of the processors is kept
 
 
@@ -75,12 +73,17 @@ class Continued(Method):
 def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     """What became of the job in this folder; where that is a plan, it is there as well."""
     started, job = time.monotonic(), json.loads((folder / JOB).read_text())
+    train, newer = stored(folder / TRAIN), stored(folder / CERTIFY)
     now = load(folder / CURRENT, backbone) if (folder / CURRENT).exists() else None
-    lots = (Observed if job["observed"] else Inputs)(folder, job, backbone)
+    traffic: Any = as_stream(train.to(job["device"]))
+    certify: Any = as_stream(newer.to(job["device"]))
+    if job["observed"]:
+        split_model = split(backbone, stored(folder / EXAMPLE).to(job["device"]))
+        traffic, certify = recording_of(split_model, train, newer, job["seed"]), None
     learned = learn(
         backbone,
-        lots.stream,
-        certify=lots.certify,
+        traffic,
+        certify=certify,
         tolerance=job["tolerance"],
         confidence_level=job["confidence_level"],
         method=Continued(base=method_named(job["method"]), serving=() if now is None else renamed(now)),
@@ -99,45 +102,14 @@ def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     }
     if not cached.plan.caches:
         return outcome | {"reason": cached.plan.reason, "seconds": time.monotonic() - started}
-    cost, cost_now = lots.costs(learned, cached, now)
+    cost = flops(learned, {planned.name: planned.threshold for planned in cached.plan.caches})
+    # Without inputs it cannot be told what caches on them would say, only what their answers have cost.
+    cost_now = cost_of(newer) if job["observed"] else flops(learned, limits_now(now, job["answers_from"]))
     outcome |= {"cost": cost, "cost_now": cost_now, "seconds": time.monotonic() - started}
     if cost >= cost_now:
         return outcome | {"reason": f"it is not cheaper than what serves: {cost:.3f} and {cost_now:.3f} of the FLOPs"}
     save(cached, folder / RESULT)
     return outcome | {"certified": True}
-
-
-class Inputs:
-    """Traffic as it came: `stream` and `certify` are what `learn` takes."""
-
-    def __init__(self, folder: Path, job: Mapping[str, Any], backbone: nn.Module) -> None:
-        del backbone
-        self._answers_from = [math.inf if least is None else least for least in job["answers_from"]]
-        self.stream, self.certify = (as_stream(stored(folder / lot).to(job["device"])) for lot in (TRAIN, CERTIFY))
-
-    def costs(self, learned: Learned, cached: CachedModel, now: CachedModel | None) -> tuple[float, float]:
-        """FLOPs of a request with the new plan, and with what serves, on the same newer inputs."""
-        del learned
-        compared = self.certify[: COMPARED_ROWS // BATCH]
-        return flops(cached, compared), 1.0 if now is None else flops(now.restricted(self._answers_from), compared)
-
-
-class Observed:
-    """The same of traffic whose inputs were not kept: a recording of it."""
-
-    def __init__(self, folder: Path, job: Mapping[str, Any], backbone: nn.Module) -> None:
-        split_model = split(backbone, stored(folder / EXAMPLE).to(job["device"]))
-        self._newer = stored(folder / CERTIFY)
-        self.stream = recording_of(split_model, stored(folder / TRAIN), self._newer, job["seed"])
-        self.certify = None
-
-    def costs(self, learned: Learned, cached: CachedModel, now: CachedModel | None) -> tuple[float, float]:
-        """As above, but what serves may read inputs: what the newer requests cost when they were served."""
-        del now
-        enabled = [learned.candidates.named(planned.name) for planned in cached.plan.caches]
-        thresholds_K = [planned.threshold for planned in cached.plan.caches]
-        said = learned.candidates.records(enabled, HELD_BACK)
-        return expected_cost(said, thresholds_K, CacheCosts(*flop_shares(cached.costs))), cost_of(self._newer)
 
 
 def as_stream(rows: Batch) -> list[Any]:
@@ -146,8 +118,20 @@ def as_stream(rows: Batch) -> list[Any]:
     return [dict(batch.kwargs) if batch.kwargs else batch.args for batch in batches]
 
 
-def flops(cached: CachedModel, rows: Sequence[Any]) -> float:
-    return evaluate(cached, rows, batch_sizes=()).flops_ratio
+def flops(learned: Learned, limits: Mapping[str, float]) -> float:
+    """FLOPs of a newer request, in units of the backbone's, if the candidates named here answer from these
+    confidences. No model runs: all that they say was recorded."""
+    said = learned.candidates.records(learned.trained, HELD_BACK)
+    limits_K = [limits.get(one.cache.name, math.inf) for one in learned.trained]
+    return expected_cost(said, limits_K, CacheCosts(*flop_shares(learned.costs)))
+
+
+def limits_now(now: CachedModel | None, answers_from: Sequence[float | None]) -> dict[str, float]:
+    """From which confidence each cache that serves answers now, by the name that it has among the candidates."""
+    if now is None:
+        return {}
+    names = (old_name(planned.name) for planned in now.plan.caches)
+    return {name: limit for name, limit in zip(names, answers_from, strict=True) if limit is not None}
 
 
 def renamed(serving: CachedModel) -> list[Cache]:
