@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -209,7 +210,7 @@ def document(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "commit": COMMIT,
         "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "machine": platform.machine(), **_gpu()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": " ".join(["python benchmarks/" + Path(STARTED_AS[0]).name, *_settings(STARTED_AS[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{Path(STARTED_AS[0]).name}", *_settings(STARTED_AS[1:])]),
         "rows": rows,
     }
 
