@@ -217,7 +217,8 @@ def test_the_state_of_another_backbone_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = models.cached_model(split(models.mlp().eval(), torch.randn(4, 6)))
     with pytest.raises(InputError, match="the state is that of another backbone .* another folder"):
-        online(other, state=tmp_path)
+        online(other, state=tmp_path, keep="activations")
+    assert list((tmp_path / "inputs").iterdir()), "nothing is lost by the mistake"
     online(served(0), state=tmp_path).close()
 
 
@@ -357,8 +358,11 @@ def test_no_input_is_kept_where_activations_are(tmp_path: Path) -> None:
     with online(served(0), keep="inputs", state=state, shadow=1.0) as model:
         model(traffic(20))
     assert list((state / "inputs").iterdir())
+    (state / "refit").mkdir(exist_ok=True)
+    (state / "refit" / "train.safetensors").write_bytes(b"inputs")
     with online(served(0), keep="activations", refresh=POLICY, state=state, shadow=0.5, seed=0) as model:
         assert not (state / "inputs").exists(), "nor those that were kept before"
+        assert not (state / "refit").exists()
         model.settle()
         x = traffic(200, 1)
         answer = model(x)

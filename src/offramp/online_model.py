@@ -159,6 +159,8 @@ class OnlineModel:
         self._closed = self._unsaved = False
         cached = ladder.top.model
         document = None if folder is None else folder.read()
+        if document is not None:  # before anything in the folder changes
+            _check_backbone(document["backbone"], cached)
         seed, seen = sampler.seed, 0 if document is None else document["seen"]
         example, self._observer = cached.split_model.example, None
         if keep == "activations":
@@ -462,12 +464,6 @@ class OnlineModel:
 
     def _resume(self, document: Mapping[str, Any]) -> None:
         """Go on where another process has ended."""
-        split_model = self._ladder.top.model.split_model
-        if document["backbone"] != split_model.fingerprint:
-            raise InputError(
-                f"the state is that of another backbone ({document['backbone'][:12]}, this one is "
-                f"{split_model.fingerprint[:12]}); begin a new life in another folder"
-            )
         self._counts, self._latency = _Counts(**document["counts"]), LatencySketch.from_json(document["latency"])
         if self._refresher is not None and document["refresh"] is not None:
             self._refresher.resume(document["refresh"])
@@ -609,6 +605,15 @@ class _Sampler:
         if self.share == 1:
             return 0
         return int(math.log(1 - self._random.random()) / math.log1p(-self.share))
+
+
+def _check_backbone(of_state: str, cached: CachedModel) -> None:
+    fingerprint = cached.split_model.fingerprint
+    if of_state != fingerprint:
+        raise InputError(
+            f"the state is that of another backbone ({of_state[:12]}, this one is {fingerprint[:12]}); begin a new "
+            "life in another folder"
+        )
 
 
 def _flops(sampled: _Sampled) -> Tensor:

@@ -55,9 +55,9 @@ class StateFolder:
             raise InputError(f"{self.path} holds other things ({listed}); a state folder must be empty or one of ours")
 
     def kept(self, what: str) -> Path:
-        """Where the reservoir's files of this kind are. Those of another kind are deleted: whoever no longer wants
-        inputs to be kept does not want those that were."""
-        for other in set(KEPT) - {what}:
+        """Where the reservoir's files of this kind are. Those of another kind are deleted, and so is what was copied
+        out for a refit, which is over: whoever no longer wants inputs to be kept does not want those that were."""
+        for other in {*KEPT, REFIT} - {what}:
             shutil.rmtree(self.path / other, ignore_errors=True)
         return self.path / what
 
