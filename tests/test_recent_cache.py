@@ -313,6 +313,20 @@ def test_errors_are_estimated_without_bias() -> None:
     assert abs(np.mean(estimated) - np.mean(wrong)) < 3 * error
 
 
+def test_an_audit_that_disagrees_stands_for_the_hits_that_were_not_audited() -> None:
+    """Of the hits at a gap of g one in g is audited: itself, which got the right answer, and g - 1 others."""
+    cache = answering(max_gap=2)
+    serve = Served(cache)
+    serve(scene(1), 0)
+    serve(scene(1), 1)  # a gap of 1: every hit is audited
+    assert cache.totals().estimated_disagreements == 0
+    serve(scene(1), 1)  # agrees, so the gap is 2
+    while serve(scene(1), 0)[0] is not None:
+        pass
+    assert cache.totals().audit_failures == 2
+    assert cache.totals().estimated_disagreements == 1
+
+
 def test_chance_is_uniform_and_independent() -> None:
     drawn = np.array([[recent._chance(0, serial, hits) for hits in range(50)] for serial in range(200)])
     assert 0 <= drawn.min() < drawn.max() < 1

@@ -228,6 +228,19 @@ def test_a_second_student_waits_for_a_budget_that_trains_both_in_full(
         assert limit >= rehearsal.needs[name]
 
 
+def test_a_student_that_would_be_starved_leaves_its_time_to_pooled_caches(rehearsal: Rehearsal) -> None:
+    """It needs 60 seconds, and of 16 it would have 11, of 12 less than 15 % of 60."""
+    rehearsal.search(16.0)
+    assert rehearsal.of_kind("student") == STUDENTS[:1]
+    before = sum(limit for name, limit in rehearsal.limits.items() if "student" not in name and limit)
+    rehearsal.search(12.0)
+    assert rehearsal.of_kind("student") == []
+    pooled = [rehearsal.limits[name] or 0.0 for name in rehearsal.of_kind("mlp", "linear")]
+    assert sum(pooled) > before
+    rehearsal.search(12.0, pooled=False)
+    assert rehearsal.of_kind("student") == STUDENTS[:1], "where nothing else can be had it is tried all the same"
+
+
 def test_of_three_caches_at_the_input_the_first_two_survive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Candidates, "seconds_for", lambda self, cache, recipe: 100.0)
     search = make_search()
