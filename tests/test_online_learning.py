@@ -380,6 +380,18 @@ def test_no_input_is_kept_where_activations_are(tmp_path: Path) -> None:
         assert not any(x[0].numpy().tobytes() in file.read_bytes() for file in files)
 
 
+def test_an_observed_request_says_what_it_has_cost() -> None:
+    cached = served(0)
+    cached.result_cache = offramp.ResultCache(1 << 20)
+    x = traffic(20)
+    with online(cached, keep="activations", shadow=1.0) as model:
+        for _ in range(2):
+            model(x)
+            model.settle()
+        assert model.reservoir is not None
+        assert model.reservoir.requests().args[-1].tolist() == [1.0] * 20 + [0.0] * 20, "run, and stored"
+
+
 def test_activations_bring_a_plan_too(tmp_path: Path) -> None:
     with online(served(0), keep="activations", refresh=POLICY, shadow=1.0, queue_size=10**6) as model:
         learn_once(model)
