@@ -127,11 +127,13 @@ def test_a_refit_from_activations_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", ["inputs", "activations"])
-def test_from_live_traffic_to_a_served_plan(tmp_path: Path, keep: Literal["inputs", "activations"]) -> None:
+@pytest.mark.parametrize(("keep", "first"), [("inputs", None), ("inputs", "freeze"), ("activations", None)])
+def test_from_live_traffic_to_a_served_plan(
+    tmp_path: Path, keep: Literal["inputs", "activations"], first: str | None
+) -> None:
     """Everything for real: the process, its certificate, and the swap."""
     model = backbone()
-    policy = Refresh(train_rows=1000, certify_rows=1200, time_budget_s=10, cpu_share=1.0)
+    policy = Refresh(train_rows=1000, certify_rows=1200, time_budget_s=10, cpu_share=1.0, first_method=first)
     cached = offramp.uncached(model, easy(4, 0), tolerance=0.02)
     shadow = 0.01 if keep == "inputs" else 1.0
     with offramp.online(cached, refresh=policy, keep=keep, shadow=shadow, state=tmp_path, seed=0) as served:
@@ -142,7 +144,7 @@ def test_from_live_traffic_to_a_served_plan(tmp_path: Path, keep: Literal["input
             served(easy(20, seed))
             time.sleep(0.01)
         report = served.report()
-        assert report["refresh"]["attempts"][0]["outcome"] == "taken into service"
+        assert report["refresh"]["attempts"][-1]["outcome"] == "taken into service"
         assert report["refresh"]["budget"]["confidence_for_life"] == pytest.approx(0.95)
         x = easy(2000, 5)
         with torch.no_grad():

@@ -159,6 +159,33 @@ def test_each_attempt_is_certified_at_the_level_that_the_budget_has_for_it(tmp_p
     assert len(life.refresher.budget.spends) == 4
 
 
+def test_the_first_plan_may_come_by_a_method_of_its_own_and_the_next_follows_at_once(tmp_path: Path) -> None:
+    life = Life(tmp_path, policy(first_method="freeze", growth=1000.0))
+    life.until_it_fits()
+    assert life.process.job["method"] == "freeze"
+    seen = life.reservoir.seen
+    life.process.succeed()
+    (candidate,) = life.traffic(1)
+    life.rung = Rung.certified(candidate.cached)
+    life.until_it_fits()
+    assert life.process.job["method"] == "offramp"
+    assert life.reservoir.seen - seen <= 35, "no more than what certifies had to come"
+    life.process.fail()
+    life.traffic(2000)
+    assert life.refresher._process is None, "from then on as ever"
+
+
+@pytest.mark.parametrize(("caches", "crashed"), [(1, False), (0, True)])
+def test_a_first_method_is_for_models_that_begin_without_caches(tmp_path: Path, caches: int, *, crashed: bool) -> None:
+    life = Life(tmp_path, policy(first_method="freeze"), cached=served(caches))
+    if crashed:
+        life.until_it_fits()
+        life.refresher.resume(life.refresher.to_json())
+        life.refresher._process = None
+    life.until_it_fits()
+    assert life.process.job["method"] == "offramp"
+
+
 def test_a_model_that_came_with_a_certificate_has_spent_that_already(tmp_path: Path) -> None:
     assert Life(tmp_path, policy()).refresher.budget.total == pytest.approx(0.05)
     assert Life(tmp_path, policy(), cached=served(1)).refresher.budget.total == pytest.approx(0.10)

@@ -72,7 +72,9 @@ class Refresh:
     attempt that failed twice as many requests are waited for as after the one before.
 
     cpu_share: of all processors, the most that the refit takes on average. time_budget_s, method, seed: as in `fit`; a
-    refit that takes much longer than its budget is ended. keep: earlier plans that `roll_back` can return to.
+    refit that takes much longer than its budget is ended. first_method: of the first refit of a model that has no
+    caches yet, such as "freeze", which trains nothing, so that some plan comes early; the refit by `method` follows at
+    once, certified from what the first has left of the budget. keep: earlier plans that `roll_back` can return to.
     """
 
     train_rows: int = 1_000
@@ -84,6 +86,7 @@ class Refresh:
     cpu_share: float = 0.5
     time_budget_s: float = 300.0
     method: str = "offramp"
+    first_method: str | None = None
     seed: int = 0
     keep: int = 3
 
@@ -250,7 +253,7 @@ class Refresher:
         level, certify_rows = 1 - self.budget.next_probability(), len(newer)
         _store(newer, self._folder / CERTIFY)
         self._fresh = None
-        split_model = serving.model.split_model
+        split_model, method = serving.model.split_model, self._method(serving)
         if serving.model.plan.caches:
             save(serving.model, self._folder / CURRENT)
         if self._observed:
@@ -263,7 +266,7 @@ class Refresher:
             "observed": self._observed,
             "cpu_share": self.policy.cpu_share,
             "time_budget_s": self.policy.time_budget_s,
-            "method": self.policy.method,
+            "method": method,
             "seed": self.policy.seed + len(self.attempts),
         }
         write_whole(self._folder / JOB, json.dumps(job).encode())
@@ -285,7 +288,13 @@ class Refresher:
             self.budget = before  # nobody has looked at these inputs
             raise
         self.attempts = [*self.attempts, attempt][-KEPT_ATTEMPTS:]
+        if method != self.policy.method:
+            self._held_at_last = 0  # the next need not wait for more traffic
         self._process, self._began = _Process(self._folder, split_model), time.monotonic()
+
+    def _method(self, serving: Rung) -> str:
+        first = not self.attempts and not serving.model.plan.caches
+        return self.policy.first_method or self.policy.method if first else self.policy.method
 
     def _harvest(self, process: _Process) -> Candidate | None:
         if process.running():
