@@ -62,7 +62,7 @@ SECTIONS = (
         "resnet56_cifar100",
     ),
     *("learning_curve", "overhead", "merging", "scale", "split_table", "detection_delay", "recent"),
-    *("online_cold", "online_cold_own", "online_drift", "online_drift_mild"),
+    *("online_cold", "online_cold_own", "online_cold_first", "online_drift", "online_drift_mild"),
     *("online_faults", "online_threads", "online_cost"),
 )
 
