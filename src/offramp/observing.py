@@ -67,6 +67,11 @@ class Observer:
         return Batch((*(one.cpu() for one in features[1:]), digest_B2, logits_BC.cpu(), cost_B.float().cpu()))
 
 
+def features_of(observed: Batch) -> tuple[Tensor, ...]:
+    """What caches read, one for each split point behind the input."""
+    return observed.args[:-3]
+
+
 def logits_of(observed: Batch) -> Tensor:
     """(B, C) the backbone's, on the CPU."""
     return observed.args[-2]

@@ -35,7 +35,7 @@ from torch import Tensor
 from offramp.augment import AUGMENTATIONS, is_image, mirror, shift
 from offramp.caches import Reduction
 from offramp.errors import InputError, StorageError, StreamError
-from offramp.observing import activations, keys_of, reductions_of
+from offramp.observing import activations, features_of, keys_of, logits_of, reductions_of
 from offramp.precision import has_fast_bfloat16
 from offramp.progress import bar
 from offramp.splitting import SplitModel
@@ -199,13 +199,12 @@ def recording_of(split: SplitModel, train: Batch, newer: Batch, seed: int) -> Re
     known, newer_keys = set(keys_of(train)), keys_of(newer)
     fresh = newer.rows(torch.tensor([row for row, key in enumerate(newer_keys) if key not in known], dtype=torch.long))
     rows = concatenated([train, fresh])
-    *features, _, logits_NC, _ = (tensor.numpy() for tensor in rows.args)
     parts = [TRAIN] * len(train) + [part_of(key, seed, SHARES_CERTIFY_STREAM) for key in keys_of(fresh)]
     no_input: NDArray[Any] = np.zeros((0, *split.points[0].shape), np.float32)
     return Recording(
-        features=[no_input, *features],
+        features=[no_input, *(feature.numpy() for feature in features_of(rows))],
         reductions=reductions_of(split),
-        logits_NC=logits_NC,
+        logits_NC=logits_of(rows).numpy(),
         part_N=np.array(parts, np.uint8),
         copy_N=np.zeros(len(parts), np.uint8),
         label_N=None,

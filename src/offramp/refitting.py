@@ -75,11 +75,12 @@ def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     started, job = time.monotonic(), json.loads((folder / JOB).read_text())
     train, newer = stored(folder / TRAIN), stored(folder / CERTIFY)
     now = load(folder / CURRENT, backbone) if (folder / CURRENT).exists() else None
-    traffic: Any = as_stream(train.to(job["device"]))
-    certify: Any = as_stream(newer.to(job["device"]))
+    traffic: Any
     if job["observed"]:
         split_model = split(backbone, stored(folder / EXAMPLE).to(job["device"]))
         traffic, certify = recording_of(split_model, train, newer, job["seed"]), None
+    else:
+        traffic, certify = as_stream(train.to(job["device"])), as_stream(newer.to(job["device"]))
     learned = learn(
         backbone,
         traffic,
@@ -102,9 +103,10 @@ def refit(folder: Path, backbone: nn.Module) -> dict[str, Any]:
     }
     if not cached.plan.caches:
         return outcome | {"reason": cached.plan.reason, "seconds": time.monotonic() - started}
-    cost = flops(learned, {planned.name: planned.threshold for planned in cached.plan.caches})
-    # Without inputs it cannot be told what caches on them would say, only what their answers have cost.
-    cost_now = cost_of(newer) if job["observed"] else flops(learned, limits_now(now, job["answers_from"]))
+    limits = {planned.name: planned.threshold for planned in cached.plan.caches}
+    cost, cost_now = flops(learned, limits, limits_now(now, job["answers_from"]))
+    if job["observed"]:  # without inputs it cannot be told what caches on them would say, only what they have cost
+        cost_now = cost_of(newer)
     outcome |= {"cost": cost, "cost_now": cost_now, "seconds": time.monotonic() - started}
     if cost >= cost_now:
         return outcome | {"reason": f"it is not cheaper than what serves: {cost:.3f} and {cost_now:.3f} of the FLOPs"}
@@ -118,12 +120,12 @@ def as_stream(rows: Batch) -> list[Any]:
     return [dict(batch.kwargs) if batch.kwargs else batch.args for batch in batches]
 
 
-def flops(learned: Learned, limits: Mapping[str, float]) -> float:
-    """FLOPs of a newer request, in units of the backbone's, if the candidates named here answer from these
-    confidences. No model runs: all that they say was recorded."""
+def flops(learned: Learned, *plans: Mapping[str, float]) -> list[float]:
+    """FLOPs of a newer request under each of these plans, in units of the backbone's. A plan: the confidences that the
+    candidates named there answer from. No model runs: all that they say was recorded."""
     said = learned.candidates.records(learned.trained, HELD_BACK)
-    limits_K = [limits.get(one.cache.name, math.inf) for one in learned.trained]
-    return expected_cost(said, limits_K, CacheCosts(*flop_shares(learned.costs)))
+    names, costs = [one.cache.name for one in learned.trained], CacheCosts(*flop_shares(learned.costs))
+    return [expected_cost(said, [limits.get(name, math.inf) for name in names], costs) for limits in plans]
 
 
 def limits_now(now: CachedModel | None, answers_from: Sequence[float | None]) -> dict[str, float]:

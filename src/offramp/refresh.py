@@ -293,8 +293,9 @@ class Refresher:
         self._process, self._began = _Process(self._folder, split_model), time.monotonic()
 
     def _method(self, serving: Rung) -> str:
-        first = not self.attempts and not serving.model.plan.caches
-        return self.policy.first_method or self.policy.method if first else self.policy.method
+        if self.policy.first_method is not None and not self.attempts and not serving.model.plan.caches:
+            return self.policy.first_method
+        return self.policy.method
 
     def _harvest(self, process: _Process) -> Candidate | None:
         if process.running():

@@ -57,14 +57,13 @@ class Reservoir:
         self._number = torch.arange(self.part_rows)  # of the input in each slot of the uniform part
 
     def _files(self, folder: Path, part: str, example: Batch) -> list[Tensor]:
-        files = [folder / f"{part}.{number}.bin" for number in range(len(example.tensors))]
-        sizes = [self.part_rows * tensor[:1].numel() * tensor.element_size() for tensor in example.tensors]
-        if not all(file.exists() and file.stat().st_size == size for file, size in zip(files, sizes, strict=True)):
-            self.seen = 0
-        return [
-            _mapped(file, (self.part_rows, *tensor.shape[1:]), tensor.dtype)
-            for file, tensor in zip(files, example.tensors, strict=True)
-        ]
+        maps = []
+        for number, tensor in enumerate(example.tensors):
+            file, shape = folder / f"{part}.{number}.bin", (self.part_rows, *tensor.shape[1:])
+            mapped, is_new = _mapped(file, shape, tensor.dtype)
+            maps.append(mapped)
+            self.seen = 0 if is_new else self.seen
+        return maps
 
     def __len__(self) -> int:
         return 2 * min(self.seen, self.part_rows)
@@ -161,17 +160,18 @@ class Fresh:
             return concatenated(self._held)
 
 
-def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor whose memory is this file; what is in a file of the right size already stays."""
+def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """A tensor whose memory is this file, and whether the file is new. What is in one of the right size stays."""
     count = torch.Size(shape).numel()
     size = count * dtype.itemsize
     try:
-        if not file.exists() or file.stat().st_size != size:
+        is_new = not file.exists() or file.stat().st_size != size
+        if is_new:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.unlink(missing_ok=True)
             with file.open("wb") as made:
                 os.posix_fallocate(made.fileno(), 0, size) if hasattr(os, "posix_fallocate") else made.truncate(size)
-        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
+        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape), is_new
     except (OSError, RuntimeError) as error:
         raise StorageError(
             f"could not keep recent inputs in {file}: {getattr(error, 'strerror', None) or error}. Free some space, or "
