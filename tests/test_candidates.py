@@ -105,11 +105,26 @@ def make_candidates(
     fingerprint: str = "backbone",
 ) -> Candidates:
     split = SimpleNamespace(points=tuple(points), device=torch.device("cpu"), fingerprint=fingerprint)
+    return candidates_of(
+        cast(SplitModel, split), recording, make_costs(points), seed=seed, deadline=deadline, workdir=workdir
+    )
+
+
+def candidates_of(
+    split: SplitModel,
+    recording: Recording,
+    costs: CostTable,
+    *,
+    seed: int = 0,
+    deadline: float | None = None,
+    workdir: Path | None = None,
+) -> Candidates:
+    """As `fit` makes them, without bars."""
     return Candidates(
-        cast(SplitModel, split),
+        split,
         Classification(),
         recording,
-        make_costs(points),
+        costs,
         seed=seed,
         deadline=deadline,
         stop=Stop(),

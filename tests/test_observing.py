@@ -6,13 +6,14 @@ import models
 import numpy as np
 import pytest
 import torch
+from test_candidates import candidates_of
 
-from offramp.candidates import Candidates
+from offramp.caches import CacheShape
 from offramp.cost import measure
-from offramp.distillation import Stop
 from offramp.methods import method_named
 from offramp.observing import Observer, cost_of, logits_of
 from offramp.recording import CERTIFY, TRAIN, TUNE, record, recording_of
+from offramp.refitting import Continued
 from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
 from offramp.tasks import Classification
@@ -69,17 +70,15 @@ def test_one_lot_trains_and_the_newer_one_tunes_and_certifies(split_model: Split
 def test_methods_do_without_the_input(split_model: SplitModel, method: str) -> None:
     recording = recording_of(split_model, observed(split_model, 120, 1), observed(split_model, 120, 2), seed=0)
     costs = measure(split_model, batch_sizes=(1,), budget_s=0.1)
-    candidates = Candidates(
-        split_model,
-        Classification(),
-        recording,
-        costs,
-        seed=0,
-        deadline=None,
-        stop=Stop(),
-        workdir=None,
-        show=False,
-    )
-    method_named(method).learn(candidates, 0.05)
+    candidates = candidates_of(split_model, recording, costs)
+    at_input = candidates.build(split_model.points[0], CacheShape("student", 8)).eval()
+    reader = candidates.build(split_model.points[1], CacheShape("linear"), at_input).eval()
+    alone = candidates.build(split_model.points[2], CacheShape("linear")).eval()
+    Continued(base=method_named(method), serving=[at_input, reader, alone]).learn(candidates, 0.05)
+    tried = [trained.cache for trained in candidates.trained]
+    assert alone in tried, "it serves already"
+    assert at_input not in tried
+    assert reader not in tried
+    candidates.trained = [trained for trained in candidates.trained if trained.cache is not alone]
     assert all(trained.position > 0 for trained in candidates.trained)
     assert bool(candidates.trained) == (method != "approximate_key")

@@ -217,6 +217,8 @@ def test_the_state_of_another_backbone_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = models.cached_model(split(models.mlp().eval(), torch.randn(4, 6)))
     with pytest.raises(InputError, match="the state is that of another backbone .* another folder"):
+        online(other, state=tmp_path)
+    with pytest.raises(InputError, match="the state is that of another backbone"):
         online(other, state=tmp_path, keep="activations")
     assert list((tmp_path / "inputs").iterdir()), "nothing is lost by the mistake"
     online(served(0), state=tmp_path).close()

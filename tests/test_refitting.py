@@ -104,7 +104,7 @@ def test_a_refit_learns_certifies_and_takes_the_serving_caches_along(tmp_path: P
 
 @pytest.mark.slow
 def test_a_refit_from_activations_alone(tmp_path: Path) -> None:
-    """No input is in the folder, so a cache on the input that serves is not taken along, and all others learn."""
+    """No input is in the folder, so none of the caches is on the input."""
     model = backbone()
     folder = job(tmp_path, observed=True, time_budget_s=20.0)
     split_model = split(model, Batch((easy(4, 0),)))
@@ -144,7 +144,8 @@ def test_from_live_traffic_to_a_served_plan(
             served(easy(20, seed))
             time.sleep(0.01)
         report = served.report()
-        assert report["refresh"]["attempts"][-1]["outcome"] == "taken into service"
+        at = 0 if first is None else -1  # stores may not pay on so small a model; then the second refit brings the plan
+        assert report["refresh"]["attempts"][at]["outcome"] == "taken into service"
         assert report["refresh"]["budget"]["confidence_for_life"] == pytest.approx(0.95)
         x = easy(2000, 5)
         with torch.no_grad():

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_candidates import make_costs, make_point
+from test_candidates import candidates_of, make_costs, make_point
 from torch import Tensor, nn
 
 from offramp import recording as recording_module
 from offramp.caches import CacheShape
 from offramp.calibration import Verdict, upper_bound
 from offramp.candidates import Candidates, Trained
-from offramp.distillation import Recipe, Stop
+from offramp.distillation import Recipe
 from offramp.model import BACKBONE, CachedModel, Prediction
 from offramp.placement import OFF, Candidate
 from offramp.recording import CERTIFY, TUNE, record
@@ -95,17 +95,7 @@ def learned() -> tuple[Candidates, list[Trained], CostTable]:
         patched.setattr(recording_module, "ASKED_ROWS", 0)
         recording = record(split_model, Classification(), [x], None, seed=0)
     costs = make_costs(split_model.points)
-    candidates = Candidates(
-        split_model,
-        Classification(),
-        recording,
-        costs,
-        seed=5,
-        deadline=None,
-        stop=Stop(),
-        workdir=None,
-        show=False,
-    )
+    candidates = candidates_of(split_model, recording, costs, seed=5)
     student = candidates.build(split_model.points[0], CacheShape("student", 8))
     pooled = candidates.build(split_model.points[1], CacheShape("mlp", 8))
     reader = candidates.build(split_model.points[2], CacheShape("mlp", 16), student)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_candidates import candidates_of
 from torch import Tensor, nn
 from toys import TOLERANCE, slow_threshold, traffic, wide
 
@@ -16,7 +17,6 @@ from offramp.artifact import load, save
 from offramp.caches.nearest import CLASS_LEVEL, NEVER, ClassThresholds, NearestCache
 from offramp.candidates import Candidates
 from offramp.choosing import Learned, choose
-from offramp.distillation import Stop
 from offramp.errors import InputError
 from offramp.fitting import fit, learn
 from offramp.methods import METHODS, method_named
@@ -55,17 +55,7 @@ def learned(quick: None, backbone: nn.Module) -> Learned:
 def again(learned: Learned, method: Freeze, *, seed: int = 0) -> Candidates:
     """What this method learns from the same recording."""
     before = learned.candidates
-    candidates = Candidates(
-        before.split,
-        before.task,
-        before.recording,
-        before.costs,
-        seed=seed,
-        deadline=None,
-        stop=Stop(),
-        workdir=None,
-        show=False,
-    )
+    candidates = candidates_of(before.split, before.recording, before.costs, seed=seed)
     method.learn(candidates, TOLERANCE)
     return candidates
 
