@@ -391,6 +391,8 @@ def test_what_was_spent_stays_spent_and_what_ran_is_over(tmp_path: Path) -> None
         ({"cpu_share": 1.5}, "cpu_share is 1.5"),
         ({"time_budget_s": 0.0}, "time_budget_s is 0.0"),
         ({"every_s": -1.0}, "every_s is -1.0"),
+        ({"method": "gatti"}, "method is 'gatti'; expected the name of a method .* without labels: offramp, gati"),
+        ({"first_method": "branchynet"}, "first_method is 'branchynet'"),  # it needs labels, which traffic has not
     ],
 )
 def test_senseless_policies_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -36,6 +36,7 @@ from offramp.budget import FailureBudget
 from offramp.calibration import inputs_needed
 from offramp.errors import InputError, OfframpError
 from offramp.ladder import ALARM, STEPPED_BACK, Rung, finite
+from offramp.methods import METHODS, method_named
 from offramp.model import CachedModel
 from offramp.reservoir import Fresh, Reservoir
 from offramp.splitting import SplitModel
@@ -106,6 +107,19 @@ class Refresh:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} is {value!r}; expected a positive number of seconds")
+        _check_method("method", self.method)
+        if self.first_method is not None:
+            _check_method("first_method", self.first_method)
+
+
+def _check_method(field: str, name: object) -> None:
+    """Now, not when a refit that has waited for its inputs fails."""
+    suitable = [known for known in METHODS if not method_named(known).needs_labels]
+    if name not in suitable:
+        raise InputError(
+            f"{field} is {name!r}; expected the name of a method that learns from traffic without labels: "
+            f"{', '.join(suitable)}"
+        )
 
 
 class Candidate(NamedTuple):
