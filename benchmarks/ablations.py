@@ -114,6 +114,7 @@ IDEAS = (
     Idea("training in float32", {"bfloat16": False}),
     Idea("train rows recorded in float32", slow_recording=True),
     Idea("no free augmentation", augmented=False),
+    Idea("no mixtures", {"mixtures": False}),
     Idea("students' temperature 1", {"student_temperature": 1.0}),
     Idea("students' temperature 2", {"student_temperature": 2.0}),
     *(Idea(f"confidence: {name}", confidence=name) for name in ("max_softmax", "margin", "entropy", "selector")),

@@ -54,6 +54,7 @@ def make_search(
     images, block, head = image_recording(rows).features
     features = [{1: head, 3: block}[len(point.shape)] if point.position else images for point in points]
     recording = make_recording(features, image_recording(rows).logits_NC)
+    options = {"mixtures": False} | options  # about which there is no backbone to ask
     return Search(make_candidates(recording, points, deadline=deadline), tolerance=0.05, **options)
 
 

@@ -28,6 +28,7 @@ from offramp.confidence import Selector, auroc, statistics
 from offramp.cost import count_flops
 from offramp.distillation import Recipe, Stop, Training, TrainingLog, cache_logits
 from offramp.errors import InputError, StorageError
+from offramp.mixtures import Mixer, Mixtures
 from offramp.placement import CacheCosts
 from offramp.progress import Bar, bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
@@ -86,6 +87,7 @@ class Candidates:
         self.classes = recording.logits_NC.shape[1]
         self.flops = costs.backbone.flops
         self.trained: list[Trained] = []
+        self.mixtures: Mixtures | None = None
         self.confidence: str | None = None  # decides for every cache that has it; else what ranks best on tune
         self._estimates_s: dict[tuple[str, Recipe], float] = {}  # seconds of a training, by the cache's name
         self._vocabularies: dict[int, int] = {}  # by position: each takes a look at all train rows
@@ -194,8 +196,10 @@ class Candidates:
         key = cache.name, recipe
         if key not in self._estimates_s:
             # What it reads is not trained yet; one row serves for all.
-            read_NC = None if cache.reads is None else torch.zeros(1, self.classes).expand(len(self.recording), -1)
-            self._estimates_s[key] = self._training(copy.deepcopy(cache), recipe, read_NC).estimated_seconds()
+            row = None if cache.reads is None else torch.zeros(1, self.classes)
+            read_NC = None if row is None else row.expand(len(self.recording), -1)
+            read_MC = None if row is None or self.mixtures is None else row.expand(len(self.mixtures.logits_MC), -1)
+            self._estimates_s[key] = self._training(copy.deepcopy(cache), recipe, read_NC, read_MC).estimated_seconds()
         return self._estimates_s[key]
 
     def train_round(
@@ -229,20 +233,46 @@ class Candidates:
         if trained.log.steps:
             self.trained.append(trained)
 
+    def mixer(self, *, bfloat16: bool) -> Mixer:
+        """What can ask the backbone about mixtures of the train rows."""
+        return Mixer(self.split, self.task, self.recording, self.train_rows, seed=self.seed, bfloat16=bfloat16)
+
+    def mix(self, mixer: Mixer) -> None:
+        """Have mixtures for those recipes that want them."""
+        with bar("asking about mixtures", mixer.count, show=self.show) as progress:
+            self.mixtures = mixer.ask(stopped=lambda: self.stop.requested, progress=progress)
+
+    def _about_mixtures(self, trained: Trained) -> Tensor:
+        """(M, C) logits of a trained cache at the input."""
+        assert self.mixtures is not None
+        read = None if trained.cache.reads is None else self._about_mixtures(self.named(trained.cache.reads))
+        logits = []
+        for rows in _chunks(np.arange(len(self.mixtures.logits_MC))):
+            images_BCHW = self.mixtures.images(rows).to(self.split.device)
+            read_BC = None if read is None else read[rows].to(self.split.device)
+            with torch.no_grad():
+                logits.append(trained.cache.from_feature(images_BCHW, read_BC).float().cpu())
+        return torch.cat(logits)
+
     def add(self, cache: Cache, log: TrainingLog) -> None:
         """Judge a cache that has learned by other means than gradient steps, and add it to the candidates."""
         self.trained.append(self._judge(cache.eval(), self.position(cache), log))
 
     def _train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> Trained:
         # The head's width changes with what it reads; the read logits were recorded when that cache was trained.
-        read_NC = None if cache.reads is None else self.named(cache.reads).logits_NC
-        training = self._training(cache, recipe, read_NC)
+        read = None if cache.reads is None else self.named(cache.reads)
+        read_NC = None if read is None else read.logits_NC
+        read_MC = None if read is None or not recipe.mixtures else self._about_mixtures(read)
+        training = self._training(cache, recipe, read_NC, read_MC)
         log = training.run(time_limit_s=limit_s, stop=self.stop, progress=progress)
         trained = self._judge(cache, self.position(cache), log)
         self._save(trained, cache, recipe)
         return trained
 
-    def _training(self, cache: LearnedCache, recipe: Recipe, read_NC: Tensor | None) -> Training:
+    def _training(
+        self, cache: LearnedCache, recipe: Recipe, read_NC: Tensor | None, read_MC: Tensor | None
+    ) -> Training:
+        mixtures = self.mixtures if recipe.mixtures else None
         return Training(
             cache,
             self.recording,
@@ -250,6 +280,7 @@ class Candidates:
             self.train_rows,
             read_NC,
             recipe,
+            mixtures=None if mixtures is None else dataclasses.replace(mixtures, read_MC=read_MC),
             seed=self.seed,
             device=self.split.device,
         )

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from offramp.augment import AUGMENTATIONS
 from offramp.caches import Cache, LearnedCache
 from offramp.errors import InputError
+from offramp.mixtures import Mixtures
 from offramp.precision import has_fast_bfloat16
 from offramp.progress import Bar
 from offramp.recording import Recording, unnamed_file, write_all
@@ -45,7 +46,8 @@ class Recipe:
     """How to train one cache. `rows` is the number of inputs seen in all, repeats counted.
 
     The loss is alpha T^2 KL(backbone/T || cache/T) + (1 - alpha) CE(hard, cache), T being the `temperature`; `hard` is
-    the backbone's answer or the label. bfloat16: train in it where the hardware multiplies it.
+    the backbone's answer or the label. bfloat16: train in it where the hardware multiplies it. mixtures: train on
+    these as well (`offramp.mixtures`).
     """
 
     rows: int
@@ -57,6 +59,7 @@ class Recipe:
     alpha: float = 1.0
     hard: Literal["answer", "label"] = "answer"
     bfloat16: bool = True
+    mixtures: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -111,8 +114,9 @@ def graceful_stop() -> Iterator[Stop]:
 class Training:
     """The training of `cache`, in place, by a recipe, on the recorded `rows` of split point `position`.
 
-    read_NC: logits of the cache it reads, for every recorded row, or None. InputError where the recipe trains on labels
-    that the recording does not have (`labelled`).
+    read_NC: logits of the cache it reads, for every recorded row, or None. mixtures: what it trains on beside the rows,
+    with the logits of the cache it reads; they have no labels. InputError where the recipe trains on labels that the
+    recording does not have (`labelled`).
     """
 
     def __init__(
@@ -124,20 +128,23 @@ class Training:
         read_NC: Tensor | None,
         recipe: Recipe,
         *,
+        mixtures: Mixtures | None = None,
         seed: int,
         device: torch.device,
     ) -> None:
         self.cache = cache.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        features, self.logits_NC, self.read_NC = recording.features[position], recording.logits_NC, read_NC
-        self.label_N = None
+        features, self.label_N = recording.features[position], None
         if recipe.on_labels:
             rows = labelled(recording, rows)
             self.label_N = recording.label_N
         cache.prepare(_as_input(features[np.sort(rows[:PREPARE_ROWS])]).to(device))
+        self.examples = _Examples(features, recording.logits_NC, read_NC, mixtures)
+        if mixtures is not None:
+            rows = np.concatenate([rows, len(recording) + mixtures.numbers])
         self.rows = _Rows(rows, recipe.batch_size, seed)
         self.optimizer = torch.optim.AdamW(_parameter_groups(cache, recipe.weight_decay), lr=recipe.learning_rate)
         augmentations = recording.free_augmentations if position == 0 else ()
-        self.inputs = _Inputs(cache, features, rows, augmentations, seed, device)
+        self.inputs = _Inputs(cache, self.examples, rows, augmentations, seed, device)
         self.recipe, self.device, self.fast = recipe, device, recipe.bfloat16 and has_fast_bfloat16(device)
 
     def run(self, *, time_limit_s: float | None, stop: Stop, progress: Bar) -> TrainingLog:
@@ -173,13 +180,13 @@ class Training:
         return time.monotonic() - started
 
     def step(self, index: NDArray[np.intp], done: float) -> float:
-        """One step on these recorded rows, at this share of the schedule; its loss."""
+        """One step on these examples, at this share of the schedule; its loss."""
         rate = self.recipe.learning_rate * _schedule(done, self.recipe.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         condensed = self.inputs[index]
-        target_BC = torch.from_numpy(self.logits_NC[index]).to(self.device)
-        read_BC = None if self.read_NC is None else self.read_NC[index].to(self.device)
+        target_BC, read_BC = self.examples.target(index).to(self.device), self.examples.read(index)
+        read_BC = None if read_BC is None else read_BC.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
             logits_BC = self.cache.from_condensed(condensed, read_BC)
         loss = recipe_loss(logits_BC.float(), target_BC, self._hard(index, target_BC), self.recipe)
@@ -257,19 +264,63 @@ def cache_logits(
         return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))  # torch takes no read-only maps
 
 
+class _Examples:
+    """What there is to learn from, by number: the recorded rows, behind them the mixtures. On the CPU."""
+
+    def __init__(
+        self,
+        features: NDArray[np.generic],
+        logits_NC: NDArray[np.float32],
+        read_NC: Tensor | None,
+        mixtures: Mixtures | None,
+    ) -> None:
+        self._features, self._logits_NC, self._read_NC, self._mixtures = features, logits_NC, read_NC, mixtures
+
+    def feature(self, index: NDArray[np.intp]) -> Tensor:
+        recorded, mixed = self._parted(index)
+        feature = _as_input(self._features[recorded])
+        if self._mixtures is None:
+            return feature
+        images_BCHW = torch.cat([feature, self._mixtures.images(mixed)])
+        return images_BCHW.contiguous(memory_format=torch.channels_last)
+
+    def target(self, index: NDArray[np.intp]) -> Tensor:
+        """(B, C) what the backbone says."""
+        recorded, mixed = self._parted(index)
+        logits_BC = torch.from_numpy(self._logits_NC[recorded])
+        return logits_BC if self._mixtures is None else torch.cat([logits_BC, self._mixtures.logits_MC[mixed]])
+
+    def read(self, index: NDArray[np.intp]) -> Tensor | None:
+        """(B, C) what the cache that is read says, if there is one."""
+        if self._read_NC is None:
+            return None
+        recorded, mixed = self._parted(index)
+        read_BC = self._read_NC[recorded]
+        if self._mixtures is None:
+            return read_BC
+        assert self._mixtures.read_MC is not None
+        return torch.cat([read_BC, self._mixtures.read_MC[mixed]])
+
+    def _parted(self, index: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Rows and mixtures of these numbers, which rise."""
+        count = len(self._logits_NC)
+        recorded = int(np.searchsorted(index, count))
+        return index[:recorded], index[recorded:] - count
+
+
 class _Inputs:
-    """What the trained part of a cache reads, by recorded rows: each condensed once where that fits into memory."""
+    """What the trained part of a cache reads, by example: each condensed once where that fits into memory."""
 
     def __init__(
         self,
         cache: LearnedCache,
-        features: NDArray[np.generic],
+        examples: _Examples,
         rows: NDArray[np.intp],
         augmentations: tuple[str, ...],
         seed: int,
         device: torch.device,
     ) -> None:
-        self.cache, self.features, self.augmentations, self.device = cache, features, augmentations, device
+        self.cache, self.examples, self.augmentations, self.device = cache, examples, augmentations, device
         self.generator = torch.Generator().manual_seed(seed)
         self.sorted_rows, self.table = np.sort(rows), None
         width = cache.condensed_width
@@ -289,14 +340,14 @@ class _Inputs:
 
     @torch.no_grad()
     def _condensed(self, index: NDArray[np.intp]) -> Tensor:
-        feature = _as_input(self.features[index]).to(self.device)
+        feature = self.examples.feature(index).to(self.device)
         for name in self.augmentations:
             feature = AUGMENTATIONS[name](feature, self.generator)
         return self.cache.condense(feature)
 
 
 class _Rows:
-    """Endless batches of row numbers, reshuffled at each pass."""
+    """Endless batches of numbers, rising in each, reshuffled at each pass."""
 
     def __init__(self, rows: NDArray[np.intp], batch_size: int, seed: int) -> None:
         self.rows, self.batch_size = rows, min(batch_size, len(rows))

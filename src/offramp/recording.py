@@ -437,7 +437,7 @@ class _Recorder:
         """Record one copy of each of these rows, except where it happens to equal a held-out row."""
         entropy = np.random.SeedSequence([self.seed, *chunk]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(entropy))
-        batch = self._as_inputs(shift(mirror(torch.from_numpy(inputs[rows]), generator), generator))
+        batch = self.split.example.passing(shift(mirror(torch.from_numpy(inputs[rows]), generator), generator))
         keys = batch.row_keys()
         kept = [i for i, key in enumerate(keys) if key not in held_out]
         state = dataclasses.replace(self.state, asked=self.state.asked + len(rows))
@@ -456,16 +456,12 @@ class _Recorder:
             agreed = 0
             for start in range(0, len(rows), INVARIANCE_BATCH):
                 chunk = slice(start, start + INVARIANCE_BATCH)
-                answer_B = self.task.answer(self._run(self._as_inputs(augmentation(images[chunk], generator)))[1]).cpu()
+                copies = self.split.example.passing(augmentation(images[chunk], generator))
+                answer_B = self.task.answer(self._run(copies)[1]).cpu()
                 agreed += int(self.task.agree(answer_B, answer_N[chunk]).sum())
             if agreed >= INVARIANT * len(rows):
                 free.append(name)
         return tuple(free)
-
-    def _as_inputs(self, images_BCHW: Tensor) -> Batch:
-        example = self.split.example
-        images_BCHW = images_BCHW.to(example.tensors[0].dtype)
-        return Batch((images_BCHW,)) if example.args else Batch((), {next(iter(example.kwargs)): images_BCHW})
 
     # -- files -------------------------------------------------------------------------------------
 

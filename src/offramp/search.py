@@ -15,6 +15,7 @@ short, fewer caches are trained, each for long enough, rather than all of them f
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -49,7 +50,8 @@ class Search:
 
     student_shares: of the backbone's FLOPs, the most that each student may cost, rising; none: no students. pooled,
     trunks: whether there are these rounds. reads: whether later caches read the logits of a student.
-    student_temperature: of the students' recipes. bfloat16: of all of them.
+    student_temperature: of the students' recipes. mixtures: whether students of images train on them as well, where
+    there is time. bfloat16: of all recipes.
     """
 
     def __init__(
@@ -62,12 +64,13 @@ class Search:
         trunks: bool = True,
         reads: bool = True,
         student_temperature: float = STUDENT_TEMPERATURE,
+        mixtures: bool = True,
         bfloat16: bool = True,
     ) -> None:
         self.candidates, self.tolerance = candidates, tolerance
         self.split = candidates.split
         self.student_shares, self.pooled, self.trunks, self.reads = student_shares, pooled, trunks, reads
-        self.student_temperature, self.bfloat16 = student_temperature, bfloat16
+        self.student_temperature, self.mixtures, self.bfloat16 = student_temperature, mixtures, bfloat16
 
     def run(self) -> None:
         """Ends early, with what there is, when the user stops it."""
@@ -82,6 +85,7 @@ class Search:
             students_s = time_left - pooled_s - trunks_s
             if students and self.pooled and STARVED * self._seconds(students[0]) > students_s:
                 students, pooled_s = [], time_left - trunks_s
+        students_s = self._after_mixing(students, students_s)
         self._round("students", self._affordable(students, students_s, first), students_s)
         reader = self._reader()
         self._round("pooled", self._affordable(list(self._pooled(reader)), pooled_s, evenly), pooled_s)
@@ -104,6 +108,18 @@ class Search:
                 continue
             previous = self.candidates.build(point, shape, previous)
             yield previous
+
+    def _after_mixing(self, students: list[LearnedCache], limit_s: float | None) -> float | None:
+        """What is left of the time for students once there are mixtures: none are asked for where the smallest student
+        could not have its full training as well."""
+        mixer = self.candidates.mixer(bfloat16=self.bfloat16)
+        if not students or not self.mixtures or not mixer.suits:
+            return limit_s
+        if limit_s is not None and mixer.estimated_seconds() + self._seconds(students[0]) > limit_s:
+            return limit_s
+        started = time.monotonic()
+        self.candidates.mix(mixer)
+        return None if limit_s is None else limit_s - (time.monotonic() - started)
 
     def _needs_own_vectors(self, point: SplitPoint) -> bool:
         """Whether these are token ids, and the backbone's vectors for them cost more than a student."""
@@ -180,7 +196,10 @@ class Search:
             return Recipe(rows=int(np.clip(8 * n, 20_000, 400_000)), batch_size=min(64, max(16, n // 8)))
         rows = int(np.clip(40 * n, 30_000, 1_500_000 if position == 0 else 400_000))
         recipe = Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
-        return recipe if position else dataclasses.replace(recipe, temperature=self.student_temperature)
+        if position:
+            return recipe
+        mixtures = self.candidates.mixtures is not None
+        return dataclasses.replace(recipe, temperature=self.student_temperature, mixtures=mixtures)
 
     # -- time --------------------------------------------------------------------------------------
 

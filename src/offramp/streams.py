@@ -51,6 +51,11 @@ class Batch:
             self.labels_B,
         )
 
+    def passing(self, tensor: Tensor) -> Batch:
+        """This tensor passed as the only one of this batch is, as the same type."""
+        tensor = tensor.to(self.tensors[0].dtype)
+        return Batch((tensor,)) if self.args else Batch((), {next(iter(self.kwargs)): tensor})
+
     def row_keys(self, secret: bytes = b"") -> list[bytes]:
         """A 16-byte digest of each row's inputs: equal for exact duplicates, and only for those. secret: without which
         nobody can find out whether an input that they guess has this digest."""

@@ -27,6 +27,7 @@ class Offramp(Method):
     trunks: bool = True
     reads: bool = True
     student_temperature: float = STUDENT_TEMPERATURE
+    mixtures: bool = True
     bfloat16: bool = True
 
     def learn(self, candidates: Candidates, tolerance: float) -> None:
@@ -38,6 +39,7 @@ class Offramp(Method):
             trunks=self.trunks,
             reads=self.reads,
             student_temperature=self.student_temperature,
+            mixtures=self.mixtures,
             bfloat16=self.bfloat16,
         ).run()
 

@@ -1,0 +1,272 @@
+"""Mixtures: what images they are, that the backbone is asked about just these, and who learns from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from test_candidates import candidates_of, image_recording, make_costs
+from test_distillation import Ticks
+from torch import Tensor, nn
+
+from offramp import mixtures as module
+from offramp.augment import is_image
+from offramp.caches import CacheShape
+from offramp.candidates import Candidates
+from offramp.distillation import Recipe, Stop
+from offramp.mixtures import Mixer, Mixtures, pasted_share
+from offramp.progress import bar
+from offramp.recording import Recording, record
+from offramp.search import Search
+from offramp.splitting import SplitModel, split
+from offramp.tasks import Classification
+
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def model() -> SplitModel:
+    torch.manual_seed(0)
+    stages = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 12, 5)]
+    return split(nn.Sequential(*stages).eval(), torch.rand(4, 3, 16, 12))
+
+
+@pytest.fixture(scope="module")
+def recording(model: SplitModel) -> Recording:
+    images = torch.randn(COUNT, 3, 16, 12, generator=torch.Generator().manual_seed(1))
+    return record(model, Classification(), [images], None, seed=0)
+
+
+def mixer(model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True) -> Mixer:
+    rows = np.flatnonzero((recording.part_N == 0) & (recording.copy_N == 0))
+    return Mixer(model, Classification(), recording, rows, seed=seed, bfloat16=bfloat16)
+
+
+def asked(mixer: Mixer) -> Mixtures:
+    return mixer.ask(stopped=lambda: False, progress=Ticks())
+
+
+# --- the images -----------------------------------------------------------------------------------
+
+
+def parts(mixtures: Mixtures, parity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mixture, first, second, share) of the sums or of the pasted ones."""
+    index: NDArray[np.intp] = np.arange(parity, len(mixtures.share_M), 2)
+    index = index[mixtures.pair_M2[index, 0] != mixtures.pair_M2[index, 1]]  # an image with itself is that image
+    first, second = (torch.from_numpy(mixtures.inputs[rows]).float() for rows in mixtures.pair_M2[index].T)
+    return mixtures.images(index), first, second, torch.from_numpy(mixtures.share_M[index])
+
+
+def test_even_ones_are_weighted_sums(model: SplitModel, recording: Recording) -> None:
+    mixed, first, second, share = parts(asked(mixer(model, recording)), 0)
+    weight = share.view(-1, 1, 1, 1)
+    torch.testing.assert_close(mixed, weight * first + (1 - weight) * second)
+
+
+def test_odd_ones_have_a_rectangle_of_the_second_in_them(model: SplitModel, recording: Recording) -> None:
+    mixed, first, second, share = parts(asked(mixer(model, recording)), 1)
+    of_first = (mixed == first).all(1)
+    assert ((mixed - second).abs().amax(1)[~of_first] < 1e-5).all()
+    for pixels_HW, kept in zip(~of_first, share.double().tolist(), strict=True):
+        rows, columns = pixels_HW.any(1), pixels_HW.any(0)
+        assert torch.equal(pixels_HW, rows[:, None] & columns[None, :]), "a rectangle"
+        assert int(rows.sum()) == round(16 * (1 - kept) ** 0.5), "of the shape of the image"
+        assert int(columns.sum()) == round(12 * (1 - kept) ** 0.5)
+        assert all(int((side.diff(prepend=side.new_zeros(1)) == 1).sum()) <= 1 for side in (rows.int(), columns.int()))
+    assert len({tuple(pixels.nonzero()[0].tolist()) for pixels in ~of_first if pixels.any()}) > 10, "anywhere"
+
+
+def test_a_rectangle_may_be_nothing_or_everything() -> None:
+    for corner in (0.0, 0.5, 1.0):
+        outside = pasted_share(torch.tensor([1.0, 0.0]), torch.full((2, 2), corner), 9, 8)
+        assert outside.shape == (2, 9, 8)
+        assert outside[0].eq(1).all()
+        assert outside[1].eq(0).all()
+
+
+def test_shares_are_even_and_partners_come_from_all_rows_given(model: SplitModel, recording: Recording) -> None:
+    one = mixer(model, recording)
+    mixtures = asked(one)
+    assert set(np.unique(mixtures.pair_M2)) <= set(np.flatnonzero((recording.part_N == 0) & (recording.copy_N == 0)))
+    assert np.histogram(mixtures.share_M, 4, (0, 1))[0].min() > len(mixtures.share_M) / 8
+    again, other = asked(mixer(model, recording)), asked(mixer(model, recording, seed=1))
+    assert np.array_equal(again.pair_M2, mixtures.pair_M2)
+    assert torch.equal(again.logits_MC, mixtures.logits_MC)
+    assert not np.array_equal(other.pair_M2, mixtures.pair_M2)
+
+
+# --- what the backbone says -----------------------------------------------------------------------
+
+
+def test_the_logits_are_the_backbones_about_these_images(model: SplitModel, recording: Recording) -> None:
+    mixtures = asked(mixer(model, recording, bfloat16=False))
+    with torch.inference_mode():
+        said = model.backbone(mixtures.images(np.arange(len(mixtures.share_M))))
+    torch.testing.assert_close(mixtures.logits_MC, said)
+    assert np.array_equal(mixtures.numbers, np.arange(len(mixtures.share_M)))
+
+
+def test_there_are_so_many_per_row_and_no_more_than_the_most(
+    model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = mixer(model, recording)
+    assert one.count == module.PER_ROW * int(((recording.part_N == 0) & (recording.copy_N == 0)).sum())
+    monkeypatch.setattr(module, "MOST", 30)
+    progress = Ticks()
+    assert len(mixer(model, recording).ask(stopped=lambda: False, progress=progress).logits_MC) == 30
+    assert progress.done == 30
+    assert one.estimated_seconds() > 0
+
+
+def test_a_stop_ends_the_asking_with_what_was_said(
+    model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_BATCH", 32)
+    stop = Stop()
+    one = mixer(model, recording)
+    mixtures = one.ask(stopped=lambda: stop.requested, progress=Ticks(stop, after=2))
+    assert np.array_equal(mixtures.numbers, np.arange(64))
+    assert len(mixtures.share_M) == one.count
+
+
+def test_what_the_backbone_has_no_answer_to_is_left_out(
+    model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = mixer(model, recording)
+    logits = told._logits
+
+    def failing(images_BCHW: Tensor, *, bfloat16: bool) -> Tensor:
+        logits_BC = logits(images_BCHW, bfloat16=bfloat16)
+        logits_BC[::3, 0] = torch.nan
+        return logits_BC
+
+    monkeypatch.setattr(told, "_logits", failing)
+    mixtures = told.ask(stopped=lambda: False, progress=Ticks())
+    assert 0 < len(mixtures.numbers) < told.count
+    assert mixtures.logits_MC[mixtures.numbers].isfinite().all()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bfloat16_is_used_where_answers_stay_what_they_are(
+    model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch, *, wanted: bool
+) -> None:
+    monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
+    asked_fast = asked(mixer(model, recording, bfloat16=wanted)).logits_MC
+    exact = asked(mixer(model, recording, bfloat16=False)).logits_MC
+    assert torch.equal(asked_fast, exact) is not wanted
+    torch.testing.assert_close(asked_fast, exact, atol=0.05, rtol=0.05)
+    monkeypatch.setattr(module, "FAITHFUL", 1.1)
+    assert torch.equal(asked(mixer(model, recording, bfloat16=True)).logits_MC, exact)
+
+
+def test_they_suit_images_that_were_recorded_and_nothing_else(model: SplitModel, recording: Recording) -> None:
+    assert is_image((3, 16, 12), floating=True)
+    assert mixer(model, recording).suits
+    flat = split(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.rand(4, 6))
+    vectors = record(flat, Classification(), [torch.rand(60, 6)], None, seed=0)
+    assert not mixer(flat, vectors).suits
+
+
+# --- who learns from them -------------------------------------------------------------------------
+
+
+def candidates(model: SplitModel, recording: Recording, **options: float) -> Candidates:
+    return candidates_of(model, recording, make_costs(model.points), **options)  # type: ignore[arg-type]
+
+
+RECIPE = Recipe(rows=256, batch_size=16, mixtures=True)
+
+
+def test_students_see_rows_and_mixtures_alike(model: SplitModel, recording: Recording) -> None:
+    made = candidates(model, recording)
+    made.mix(made.mixer(bfloat16=True))
+    assert made.mixtures is not None
+    cache = made.build(model.points[0], CacheShape("student", 8))
+    training = made._training(cache, RECIPE, None, None)
+    train, count = made.train_rows, len(made.mixtures.logits_MC)
+    numbers = np.concatenate([train, len(recording) + np.arange(count)])
+    assert np.array_equal(np.sort(training.rows.rows), numbers)
+    some = np.array([train[0], train[5], len(recording), len(recording) + 7])
+    feature, target = training.examples.feature(some), training.examples.target(some)
+    torch.testing.assert_close(feature[:2], torch.from_numpy(recording.features[0][train[[0, 5]]]).float())
+    torch.testing.assert_close(feature[2:], made.mixtures.images(np.array([0, 7])))
+    torch.testing.assert_close(target[:2], torch.from_numpy(recording.logits_NC[train[[0, 5]]]))
+    torch.testing.assert_close(target[2:], made.mixtures.logits_MC[[0, 7]])
+
+
+def test_a_recipe_without_them_sees_none(model: SplitModel, recording: Recording) -> None:
+    made = candidates(model, recording)
+    made.mix(made.mixer(bfloat16=True))
+    cache = made.build(model.points[0], CacheShape("student", 8))
+    plain = made._training(cache, Recipe(rows=256, batch_size=16), None, None)
+    assert np.array_equal(plain.rows.rows, made.train_rows)
+
+
+def test_a_student_that_reads_another_reads_what_it_says_about_mixtures(
+    model: SplitModel, recording: Recording
+) -> None:
+    made = candidates(model, recording)
+    made.mix(made.mixer(bfloat16=True))
+    assert made.mixtures is not None
+    small = made.build(model.points[0], CacheShape("student", 8))
+    large = made.build(model.points[0], CacheShape("student", 16), small)
+    with bar("", None, show=False) as progress:
+        made.train(small, RECIPE, None, progress)
+        assert made.seconds_for(large, RECIPE) > 0
+        made.train(large, RECIPE, None, progress)
+    assert [trained.log.steps for trained in made.trained] == [16, 16]
+    said_MC = made._about_mixtures(made.trained[0])
+    with torch.inference_mode():
+        expected = small.from_feature(made.mixtures.images(np.arange(len(said_MC))))
+    torch.testing.assert_close(said_MC, expected, atol=1e-4, rtol=1e-4)
+    assert made._about_mixtures(made.trained[1]).shape == said_MC.shape
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mixed"),
+    [(None, True), (1000.0, True), (29.0, False)],  # asking takes 10 of them, the student 20
+)
+def test_they_are_asked_for_where_the_student_has_its_full_training_as_well(
+    model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch, seconds: float | None, *, mixed: bool
+) -> None:
+    monkeypatch.setattr(Mixer, "estimated_seconds", lambda self: 10.0)
+    monkeypatch.setattr(Candidates, "seconds_for", lambda self, cache, recipe: 20.0)
+    search = Search(candidates(model, recording), tolerance=0.05)
+    student = search.candidates.build(model.points[0], CacheShape("student", 8))
+    left = search._after_mixing([student], seconds)
+    assert (search.candidates.mixtures is not None) is mixed
+    assert search.recipe(student).mixtures is mixed
+    assert left == seconds or (mixed and left is not None and seconds is not None and left < seconds)
+
+
+def test_without_students_and_where_they_are_not_wanted_nothing_is_asked(
+    model: SplitModel, recording: Recording
+) -> None:
+    unwanted = Search(candidates(model, recording), tolerance=0.05, mixtures=False)
+    student = unwanted.candidates.build(model.points[0], CacheShape("student", 8))
+    wanted = Search(candidates(model, recording), tolerance=0.05)
+    for search, students in ((unwanted, [student]), (wanted, [])):
+        assert search._after_mixing(students, None) is None
+        assert search.candidates.mixtures is None
+
+
+def test_only_students_train_on_them(model: SplitModel, recording: Recording) -> None:
+    search = Search(candidates(model, recording), tolerance=0.05)
+    search.candidates.mix(search.candidates.mixer(bfloat16=True))
+    for position, kind in ((0, "student"), (1, "mlp"), (1, "conv")):
+        cache = search.candidates.build(model.points[position], CacheShape(kind, 8))  # type: ignore[arg-type]
+        assert search.recipe(cache).mixtures is (kind == "student")
+
+
+def test_images_of_a_recording_by_hand_can_be_mixed() -> None:
+    """Of one channel and one size of pixel, as `test_candidates` has them."""
+    recording = image_recording(40)
+    mixtures = Mixtures(
+        recording.features[0],
+        np.array([[0, 1], [2, 3]]),
+        np.array([0.25, 0.5], np.float32),
+        np.zeros((2, 2), np.float32),
+        torch.zeros(2, 4),
+    )
+    assert mixtures.images(np.array([1])).shape == (1, 1, 8, 8)
