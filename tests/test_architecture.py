@@ -17,7 +17,7 @@ RANKS = [
     "types errors tasks confidence streams flight progress augment unfused precision budget economy",
     "splitting graph tracing behaviour torchvision_shim cost caches calibration placement monitoring reservoir "
     "state backends",
-    "model observing recording distillation",
+    "model observing recording mixtures distillation",
     "candidates search methods choosing fitting evaluation parts cuts rebuilding optimizing profiling merging "
     "online_model ladder refresh refitting summary "
     "artifact report",
@@ -28,6 +28,7 @@ SPLITTING = {"splitting", "graph", "tracing", "behaviour"}  # one room in four f
 NOT_FOR_REQUESTS = {
     "recording",
     "distillation",
+    "mixtures",
     "search",
     "candidates",
     "methods",

@@ -19,8 +19,9 @@ import offramp.refresh as module
 from offramp.artifact import save
 from offramp.errors import InputError, OfframpError, StorageError
 from offramp.ladder import ALARM, CERTIFIED, TIGHTENED, Rung
+from offramp.methods import METHODS, method_named
 from offramp.model import CachedModel
-from offramp.refresh import CERTIFY, JOB, RESULT, TRAIN, Candidate, Refresh, Refresher, stored
+from offramp.refresh import CERTIFY, JOB, RESULT, TRAIN, WITHOUT_LABELS, Candidate, Refresh, Refresher, stored
 from offramp.reservoir import Reservoir
 from offramp.splitting import SplitModel, split
 from offramp.streams import Batch
@@ -377,6 +378,10 @@ def test_what_was_spent_stays_spent_and_what_ran_is_over(tmp_path: Path) -> None
 
 
 # --- the rest -------------------------------------------------------------------------------------
+
+
+def test_policies_know_the_methods_that_learn_without_labels() -> None:
+    assert list(WITHOUT_LABELS) == [name for name in METHODS if not method_named(name).needs_labels]
 
 
 @pytest.mark.parametrize(
