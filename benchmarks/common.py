@@ -143,6 +143,7 @@ def arguments(description: str | None, *, records: bool = False) -> argparse.Nam
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.005, 0.01, 0.02])
     parser.add_argument("--time-budget", type=float, default=1000, help="seconds for one fit (default 1000)")
     parser.add_argument("--latency-budget", type=float, default=10, help="seconds per latency comparison (default 10)")
+    parser.add_argument("--workdir", type=Path, help="keep what is recorded and trained here, and go on from it")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     if records:
         parser.add_argument("--records", type=Path, help="keep the records of the first seed in this .npz file")
@@ -167,10 +168,13 @@ def fits(
             time_budget_s=options.time_budget - record_s,
             seed=seed,
             progress=sys.stderr.isatty(),
+            workdir=options.workdir,
         )
         if recorded is None:
             recorded, record_s = learned.candidates.recording, learned.seconds["record"]
         learned.seconds["record"] = record_s
+        # Those that an earlier run has left in --workdir took their time then.
+        learned.seconds["train"] = max(learned.seconds["train"], sum(one.log.seconds for one in learned.trained))
         print(f"seed {seed}: learned in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         yield seed, learned
 

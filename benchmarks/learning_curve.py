@@ -54,6 +54,7 @@ def main() -> None:
             time_budget_s=options.time_budget,
             seed=seed,
             progress=False,
+            workdir=options.workdir,
         )
         rows.append({"unlabelled_inputs": size} | common.row(learned, held_out, tolerance, seed, options))
         print(common.table(rows), file=sys.stderr, flush=True)
