@@ -28,6 +28,7 @@ def test_its_fields_are_those_of_the_search(monkeypatch: pytest.MonkeyPatch) -> 
         "trunks": False,
         "reads": False,
         "student_temperature": 3.0,
+        "mixtures": False,
         "bfloat16": False,
     }
     Offramp(**changed).learn(cast(Candidates, None), 0.02)
