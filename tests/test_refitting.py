@@ -119,7 +119,7 @@ def test_a_refit_from_activations_alone(tmp_path: Path) -> None:
     assert not any(name.startswith("input/") for name in outcome["caches"])
     cached = load(folder / RESULT, model)
     assert cached.certificate.within_tolerance
-    assert cached.certificate.n < 1000
+    assert 0.55 * 1480 < cached.certificate.n < 0.75 * 1480  # 0.65 on average: which ones, a new secret decides
     x = easy(2000, 3)
     with torch.no_grad():
         assert (cached(x).argmax(1) != model(x).argmax(1)).double().mean() <= 0.04, "on inputs that nobody has seen"
