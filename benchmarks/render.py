@@ -42,6 +42,7 @@ SECTIONS = (
         "cifar10",
         "cifar10_one_core",
         "optimized_cifar10",
+        "optimized_cifar10_int8",
         "optimized_cifar10_no_compiler",
         "optimized_resnet56_cifar10",
         "optimized_mobilenet_v2",
