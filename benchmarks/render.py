@@ -41,6 +41,7 @@ SECTIONS = (
     *(
         "cifar10",
         "cifar10_one_core",
+        "cifar10_long",
         "optimized_cifar10",
         "optimized_cifar10_int8",
         "optimized_cifar10_no_compiler",

@@ -160,6 +160,22 @@ def test_bfloat16_is_used_where_answers_stay_what_they_are(
     assert torch.equal(asked(mixer(model, recording, bfloat16=True)).logits_MC, exact)
 
 
+def test_a_backbone_that_fails_in_bfloat16_answers_in_its_own_precision(
+    model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
+    failing = mixer(model, recording)
+    logits = failing._logits
+
+    def in_float32_only(images_BCHW: Tensor, *, bfloat16: bool) -> Tensor:
+        if bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return logits(images_BCHW, bfloat16=False)
+
+    monkeypatch.setattr(failing, "_logits", in_float32_only)
+    assert torch.equal(asked(failing).logits_MC, asked(mixer(model, recording, bfloat16=False)).logits_MC)
+
+
 def test_they_suit_images_that_were_recorded_and_nothing_else(model: SplitModel, recording: Recording) -> None:
     assert is_image((3, 16, 12), floating=True)
     assert mixer(model, recording).suits

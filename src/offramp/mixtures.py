@@ -37,7 +37,8 @@ PER_ROW, MOST = 2, 100_000  # mixtures per train row, and in all
 class Mixtures:
     """M images to be. Each is made of the recorded inputs number `pair_M2`; `share_M` of it comes from the first. Those
     with an odd number have a rectangle of the second in them, which lies at `corner_M2` of the room that it has; the
-    others are sums. `logits_MC` is what the backbone says about them, `read_MC` what a cache that is read says."""
+    others are sums. `logits_MC` is what the backbone says about them, NaN where it says nothing, and `read_MC` what a
+    cache that is read says."""
 
     inputs: NDArray[Any]
     pair_M2: NDArray[np.intp]
@@ -109,14 +110,14 @@ class Mixer:
 
     def ask(self, *, stopped: Callable[[], bool], progress: Bar) -> Mixtures:
         """`count` mixtures; the backbone is asked about no more of them once the user has stopped it."""
-        fast, logits = self._faithful, [self._drawn.logits_MC]
+        fast, logits_MC = self._faithful, self._drawn.logits_MC.clone()
         for start in range(0, self.count, MAX_BATCH):
             if stopped():
                 break
             index_B = np.arange(start, min(start + MAX_BATCH, self.count))
-            logits.append(self._logits(self._drawn.images(index_B), bfloat16=fast))
+            logits_MC[index_B] = self._logits(self._drawn.images(index_B), bfloat16=fast)
             progress.advance(len(index_B))
-        return replace(self._drawn, logits_MC=torch.cat(logits))
+        return replace(self._drawn, logits_MC=logits_MC)
 
     def estimated_seconds(self) -> float:
         """Of `ask`, from one timed batch."""
@@ -131,7 +132,7 @@ class Mixer:
         random, count = np.random.default_rng(self._seed), self.count
         pair_M2 = random.choice(self._rows, (count, 2))
         share_M, corner_M2 = random.random(count, dtype=np.float32), random.random((count, 2), dtype=np.float32)
-        nothing_yet = torch.zeros(0, self._recording.logits_NC.shape[1])
+        nothing_yet = torch.tensor(torch.nan).expand(count, self._recording.logits_NC.shape[1])
         return Mixtures(self._recording.features[0], pair_M2, share_M, corner_M2, nothing_yet)
 
     @property
@@ -144,8 +145,12 @@ class Mixer:
         if not self._bfloat16 or not has_fast_bfloat16(self._split.device):
             return False
         some_BCHW = self._drawn.images(self._first)
-        slow_B, fast_B = (self._task.answer(self._logits(some_BCHW, bfloat16=fast)) for fast in (False, True))
-        return float(self._task.agree(slow_B, fast_B).float().mean()) >= FAITHFUL
+        try:
+            fast_BC = self._logits(some_BCHW, bfloat16=True)
+        except Exception:  # some backbones fail in it, whatever it is that they raise
+            return False
+        answers = (self._task.answer(logits_BC) for logits_BC in (self._logits(some_BCHW, bfloat16=False), fast_BC))
+        return float(self._task.agree(*answers).float().mean()) >= FAITHFUL
 
     @torch.no_grad()
     def _logits(self, images_BCHW: Tensor, *, bfloat16: bool) -> Tensor:
