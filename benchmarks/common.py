@@ -173,7 +173,7 @@ def fits(
         if recorded is None:
             recorded, record_s = learned.candidates.recording, learned.seconds["record"]
         learned.seconds["record"] = record_s
-        # Those that an earlier run has left in --workdir took their time then.
+        # Those that an earlier run has left in --workdir took their time then, so it is at least this.
         learned.seconds["train"] = max(learned.seconds["train"], sum(one.log.seconds for one in learned.trained))
         print(f"seed {seed}: learned in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         yield seed, learned
