@@ -42,11 +42,10 @@ def slow_backbone() -> torch.nn.Module:
     torch.manual_seed(0)
     wide = [layer for _ in range(3) for layer in (torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.ReLU())]
     first = [torch.nn.Conv2d(3, 64, 3, padding=1), torch.nn.ReLU()]
-    last = [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(64 * 16, 5)]
-    model = torch.nn.Sequential(*first, *wide, *last).eval()
+    head = torch.nn.Linear(64 * 16, 5)
     with torch.no_grad():
-        model[-1].weight.mul_(200)
-    return model
+        head.weight.mul_(200)
+    return torch.nn.Sequential(*first, *wide, torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), head).eval()
 
 
 def easy(rows: int, seed: int) -> Tensor:
