@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -35,6 +36,21 @@ def backbone() -> torch.nn.Module:
     with torch.no_grad():
         model.head.weight.mul_(20)
     return model
+
+
+class Slow(torch.nn.Module):
+    """A backbone with much work in its middle that hardly matters: caches pay on any machine, whatever else it does."""
+
+    def __init__(self, backbone: torch.nn.Module) -> None:
+        super().__init__()
+        widths = [3, *[64] * 6, 3]
+        convolutions = [torch.nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)]
+        self.work = torch.nn.Sequential(*(layer for one in convolutions for layer in (one, torch.nn.ReLU())))
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(images + 1e-3 * self.work(images))
+        return logits
 
 
 def easy(rows: int, seed: int) -> Tensor:
@@ -109,6 +125,7 @@ def test_a_refit_from_activations_alone(tmp_path: Path) -> None:
     folder = job(tmp_path, observed=True, time_budget_s=20.0)
     split_model = split(model, Batch((easy(4, 0),)))
     observe = Observer(split_model, Classification())
+    observe._secret = bytes(16)  # it decides which of the newer ones certify
     lots = {TRAIN: easy(1500, 1), CERTIFY: torch.cat([easy(1480, 2), easy(20, 1)])}  # the last 20 trained as well
     for lot, x in lots.items():
         _store(observe(Batch((x,)), torch.full((len(x),), 0.9)), folder / lot)
@@ -119,7 +136,7 @@ def test_a_refit_from_activations_alone(tmp_path: Path) -> None:
     assert not any(name.startswith("input/") for name in outcome["caches"])
     cached = load(folder / RESULT, model)
     assert cached.certificate.within_tolerance
-    assert 0.55 * 1480 < cached.certificate.n < 0.75 * 1480  # 0.65 on average: which ones, a new secret decides
+    assert cached.certificate.n < 1000
     x = easy(2000, 3)
     with torch.no_grad():
         assert (cached(x).argmax(1) != model(x).argmax(1)).double().mean() <= 0.04, "on inputs that nobody has seen"
@@ -129,29 +146,26 @@ def test_a_refit_from_activations_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["inputs", "activations"])
 def test_from_live_traffic_to_a_served_plan(tmp_path: Path, keep: Literal["inputs", "activations"]) -> None:
-    """Everything for real: the process, its certificate, and the swap. Whether a plan pays on so small a model hangs on
-    measured times, so a refit that says that none does is one that has come to its end as well."""
-    model = backbone()
+    """Everything for real: the process, its certificate, and the swap."""
+    model = Slow(backbone()).eval()
     policy = Refresh(train_rows=1000, certify_rows=1200, time_budget_s=10, cpu_share=1.0)
     cached = offramp.uncached(model, easy(4, 0), tolerance=0.02)
     shadow = 0.01 if keep == "inputs" else 1.0
     with offramp.online(cached, refresh=policy, keep=keep, shadow=shadow, state=tmp_path, seed=0) as served:
-        deadline, seed, attempts = time.monotonic() + 240, 10, list[Any]()
-        while not attempts or attempts[0]["outcome"] == "running":
+        deadline, seed = time.monotonic() + 240, 10
+        while served.report()["plan"] == 0:
             assert time.monotonic() < deadline, served.report()["refresh"]
             seed += 1
             served(easy(20, seed))
-            time.sleep(0.01)
-            report = served.report()
-            attempts = report["refresh"]["attempts"]
-        assert attempts[0]["detail"] is not None, "what the process said, not how it broke"
-        taken = attempts[0]["outcome"] == "taken into service"
-        assert taken == attempts[0]["detail"]["certified"]
+            # While the other process measures times, this one leaves it the processors.
+            time.sleep(0.5 if served.report()["refresh"]["state"] == "fitting" else 0.01)
+        report = served.report()
+        assert report["refresh"]["attempts"][0]["outcome"] == "taken into service"
         assert report["refresh"]["budget"]["confidence_for_life"] == pytest.approx(0.95)
         x = easy(2000, 5)
         with torch.no_grad():
             assert (served(x).argmax(1) != model(x).argmax(1)).double().mean() <= 0.04
-    assert (tmp_path / "plans" / "0001").is_dir() or not taken
+    assert (tmp_path / "plans" / "0001").is_dir()
     assert (tmp_path / "inputs").exists() == (keep == "inputs")
 
 
