@@ -17,7 +17,7 @@ from offramp.candidates import Candidates
 from offramp.distillation import Recipe, Stop
 from offramp.mixtures import Mixer, Mixtures, pasted_share
 from offramp.progress import bar
-from offramp.recording import Recording, record
+from offramp.recording import TRAIN, Recording, record
 from offramp.search import Search
 from offramp.splitting import SplitModel, split
 from offramp.tasks import Classification
@@ -38,9 +38,13 @@ def recording(model: SplitModel) -> Recording:
     return record(model, Classification(), [images], None, seed=0)
 
 
+def originals(recording: Recording) -> NDArray[np.intp]:
+    """Train rows that are no augmented copies."""
+    return np.flatnonzero((recording.part_N == TRAIN) & (recording.copy_N == 0))
+
+
 def mixer(model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True) -> Mixer:
-    rows = np.flatnonzero((recording.part_N == 0) & (recording.copy_N == 0))
-    return Mixer(model, Classification(), recording, rows, seed=seed, bfloat16=bfloat16)
+    return Mixer(model, Classification(), recording, originals(recording), seed=seed, bfloat16=bfloat16)
 
 
 def asked(mixer: Mixer) -> Mixtures:
@@ -88,7 +92,7 @@ def test_a_rectangle_may_be_nothing_or_everything() -> None:
 def test_shares_are_even_and_partners_come_from_all_rows_given(model: SplitModel, recording: Recording) -> None:
     one = mixer(model, recording)
     mixtures = asked(one)
-    assert set(np.unique(mixtures.pair_M2)) <= set(np.flatnonzero((recording.part_N == 0) & (recording.copy_N == 0)))
+    assert set(np.unique(mixtures.pair_M2)) <= set(originals(recording))
     assert np.histogram(mixtures.share_M, 4, (0, 1))[0].min() > len(mixtures.share_M) / 8
     again, other = asked(mixer(model, recording)), asked(mixer(model, recording, seed=1))
     assert np.array_equal(again.pair_M2, mixtures.pair_M2)
@@ -111,7 +115,7 @@ def test_there_are_so_many_per_row_and_no_more_than_the_most(
     model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = mixer(model, recording)
-    assert one.count == module.PER_ROW * int(((recording.part_N == 0) & (recording.copy_N == 0)).sum())
+    assert one.count == module.PER_ROW * len(originals(recording))
     monkeypatch.setattr(module, "MOST", 30)
     progress = Ticks()
     assert len(mixer(model, recording).ask(stopped=lambda: False, progress=progress).logits_MC) == 30
@@ -156,7 +160,7 @@ def test_bfloat16_is_used_where_answers_stay_what_they_are(
     exact = asked(mixer(model, recording, bfloat16=False)).logits_MC
     assert torch.equal(asked_fast, exact) is not wanted
     torch.testing.assert_close(asked_fast, exact, atol=0.05, rtol=0.05)
-    monkeypatch.setattr(module, "FAITHFUL", 1.1)
+    monkeypatch.setattr("offramp.recording.FAITHFUL", 1.1)
     assert torch.equal(asked(mixer(model, recording, bfloat16=True)).logits_MC, exact)
 
 
@@ -187,8 +191,8 @@ def test_they_suit_images_that_were_recorded_and_nothing_else(model: SplitModel,
 # --- who learns from them -------------------------------------------------------------------------
 
 
-def candidates(model: SplitModel, recording: Recording, **options: float) -> Candidates:
-    return candidates_of(model, recording, make_costs(model.points), **options)  # type: ignore[arg-type]
+def candidates(model: SplitModel, recording: Recording) -> Candidates:
+    return candidates_of(model, recording, make_costs(model.points))
 
 
 RECIPE = Recipe(rows=256, batch_size=16, mixtures=True)

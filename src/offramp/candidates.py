@@ -26,7 +26,7 @@ from torch import Tensor
 from offramp.caches import Cache, CacheShape, LearnedCache
 from offramp.confidence import Selector, auroc, statistics
 from offramp.cost import count_flops
-from offramp.distillation import Recipe, Stop, Training, TrainingLog, cache_logits
+from offramp.distillation import Recipe, Stop, Training, TrainingLog, cache_logits, logits_about
 from offramp.errors import InputError, StorageError
 from offramp.mixtures import Mixer, Mixtures
 from offramp.placement import CacheCosts
@@ -245,14 +245,9 @@ class Candidates:
     def _about_mixtures(self, trained: Trained) -> Tensor:
         """(M, C) logits of a trained cache at the input."""
         assert self.mixtures is not None
-        read = None if trained.cache.reads is None else self._about_mixtures(self.named(trained.cache.reads))
-        logits = []
-        for rows in _chunks(np.arange(len(self.mixtures.logits_MC))):
-            images_BCHW = self.mixtures.images(rows).to(self.split.device)
-            read_BC = None if read is None else read[rows].to(self.split.device)
-            with torch.no_grad():
-                logits.append(trained.cache.from_feature(images_BCHW, read_BC).float().cpu())
-        return torch.cat(logits)
+        read_MC = None if trained.cache.reads is None else self._about_mixtures(self.named(trained.cache.reads))
+        numbers = np.arange(len(self.mixtures.logits_MC))
+        return logits_about(trained.cache, self.mixtures.images, numbers, read_MC, self.split.device, self.workdir)
 
     def add(self, cache: Cache, log: TrainingLog) -> None:
         """Judge a cache that has learned by other means than gradient steps, and add it to the candidates."""

@@ -16,7 +16,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,8 +248,21 @@ def cache_logits(
     device: torch.device,
     folder: Path | None = None,
 ) -> Tensor:
-    """(len(rows), C) logits of a trained cache on recorded rows, on the CPU; read_NC: those of the cache it reads, for
-    every recorded row.
+    """(len(rows), C) logits of a trained cache on recorded rows, as `logits_about` has them."""
+    features = recording.features[position]
+    return logits_about(cache, lambda chunk: _as_input(features[chunk]), rows, read_NC, device, folder)
+
+
+def logits_about(
+    cache: Cache,
+    feature: Callable[[NDArray[np.intp]], Tensor],
+    rows: NDArray[np.intp],
+    read_NC: Tensor | None,
+    device: torch.device,
+    folder: Path | None,
+) -> Tensor:
+    """(len(rows), C) logits of a trained cache, on the CPU, for the rows of these numbers of what `feature` gives;
+    read_NC: those of the cache it reads, for every row that there is.
 
     They are mapped from a file without a name in `folder` (None: where the system has such files), because with many
     classes they need not fit into memory. StorageError where the disk is full.
@@ -257,8 +270,8 @@ def cache_logits(
     with torch.no_grad(), unnamed_file("what a cache says", folder) as file:
         for start in range(0, len(rows), 256):
             chunk = rows[start : start + 256]
-            feature = _as_input(recording.features[position][chunk]).to(device)
-            logits_BC = cache.from_feature(feature, None if read_NC is None else read_NC[chunk].to(device))
+            read_BC = None if read_NC is None else read_NC[chunk].to(device)
+            logits_BC = cache.from_feature(feature(chunk).to(device), read_BC)
             write_all(file, logits_BC.float().cpu().numpy().tobytes())
         shape = (len(rows), logits_BC.shape[1])
         return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))  # torch takes no read-only maps

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.augment import is_image
 from offramp.precision import has_fast_bfloat16
 from offramp.progress import Bar
-from offramp.recording import FAITHFUL, MAX_BATCH, Recording
+from offramp.recording import MAX_BATCH, Recording, keeps_answers, takes_images
 from offramp.splitting import SplitModel
 from offramp.tasks import Classification
 
@@ -99,9 +98,7 @@ class Mixer:
     @property
     def suits(self) -> bool:
         """Whether the inputs are images and nothing else, and were recorded."""
-        point = self._split.points[0]
-        image = is_image(tuple(point.shape), floating=point.dtype.is_floating_point)
-        return image and self._recording.has_inputs and len(self._split.example.tensors) == 1
+        return self._recording.has_inputs and takes_images(self._split)
 
     @property
     def count(self) -> int:
@@ -145,12 +142,7 @@ class Mixer:
         if not self._bfloat16 or not has_fast_bfloat16(self._split.device):
             return False
         some_BCHW = self._drawn.images(self._first)
-        try:
-            fast_BC = self._logits(some_BCHW, bfloat16=True)
-        except Exception:  # some backbones fail in it, whatever it is that they raise
-            return False
-        answers = (self._task.answer(logits_BC) for logits_BC in (self._logits(some_BCHW, bfloat16=False), fast_BC))
-        return float(self._task.agree(*answers).float().mean()) >= FAITHFUL
+        return keeps_answers(partial(self._logits, some_BCHW), self._task)
 
     @torch.no_grad()
     def _logits(self, images_BCHW: Tensor, *, bfloat16: bool) -> Tensor:

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -358,15 +358,8 @@ class _Recorder:
         return columns, torch.cat([part[1] for part in parts])[torch.from_numpy(place_B)]
 
     def _faithful_in_bfloat16(self, batch: Batch) -> bool:
-        """Whether the backbone keeps its answers to these rows in bfloat16; not where it fails on them so."""
-        try:
-            _, logits_BC = self._run(batch, bfloat16=True)
-        except StreamError:
-            return False
-        if not bool(torch.isfinite(logits_BC).all()):
-            return False
-        answer_B = self.task.answer(self._run(batch)[1])
-        return int(self.task.agree(self.task.answer(logits_BC), answer_B).sum()) >= FAITHFUL * len(batch)
+        """Whether the backbone keeps its answers to these rows in bfloat16."""
+        return keeps_answers(lambda *, bfloat16: self._run(batch, bfloat16=bfloat16)[1], self.task)
 
     @torch.inference_mode()
     def _run(self, batch: Batch, *, bfloat16: bool = False) -> tuple[dict[str, NDArray[Any]], Tensor]:
@@ -408,9 +401,7 @@ class _Recorder:
 
     def ask_again(self, deadline: float | None, *, show: bool) -> None:
         """While train rows are few, record augmented copies of them with the backbone's own answers to the copies."""
-        point = self.split.points[0]
-        image = is_image(tuple(point.shape), floating=point.dtype.is_floating_point)
-        if not image or len(self.split.example.tensors) > 1:
+        if not takes_images(self.split):
             return
         snapshot = self.finish()
         train = np.flatnonzero((snapshot.part_N == TRAIN) & (snapshot.copy_N == 0))
@@ -661,6 +652,25 @@ def _check_recorded(split: SplitModel, recorded: Recording) -> None:
             "the recording passed in place of the stream was made with another backbone (or with other weights or an "
             "input of another shape); pass the stream itself to record this one"
         )
+
+
+def takes_images(split: SplitModel) -> bool:
+    """Whether its inputs are images and nothing else."""
+    point = split.points[0]
+    return is_image(tuple(point.shape), floating=point.dtype.is_floating_point) and len(split.example.tensors) == 1
+
+
+def keeps_answers(logits: Callable[..., Tensor], task: Classification) -> bool:
+    """Whether a backbone keeps its answers in bfloat16; not where it fails in it, whatever it raises. logits(bfloat16=)
+    are those of some inputs, in it or not."""
+    try:
+        low_BC = logits(bfloat16=True)
+    except Exception:
+        return False
+    if not bool(torch.isfinite(low_BC).all()):
+        return False
+    agree_B = task.agree(task.answer(low_BC), task.answer(logits(bfloat16=False)))
+    return int(agree_B.sum()) >= FAITHFUL * len(agree_B)
 
 
 def part_of(key: bytes, seed: int, shares: Sequence[float]) -> int:

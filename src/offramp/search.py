@@ -115,8 +115,10 @@ class Search:
         mixer = self.candidates.mixer(bfloat16=self.bfloat16)
         if not students or not self.mixtures or not mixer.suits:
             return limit_s
-        if limit_s is not None and mixer.estimated_seconds() + self._seconds(students[0]) > limit_s:
-            return limit_s
+        if limit_s is not None:
+            spare_s = limit_s - self._seconds(students[0])
+            if spare_s < 0 or mixer.estimated_seconds() > spare_s:  # in this order: the estimate runs the backbone
+                return limit_s
         started = time.monotonic()
         self.candidates.mix(mixer)
         return None if limit_s is None else limit_s - (time.monotonic() - started)
