@@ -14,7 +14,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "offramp"
 
 RANKS = [
-    "types errors tasks confidence streams flight progress augment unfused precision budget economy",
+    "types errors tasks confidence blending streams flight progress augment unfused precision budget economy",
     "splitting graph tracing behaviour torchvision_shim cost caches calibration placement monitoring reservoir "
     "state backends",
     "model observing recording mixtures distillation",

@@ -47,6 +47,7 @@ def make_cache(name: str, point: str, features: int, reads: str | None = None) -
     shape = CacheShape("mlp", width=8)
     cache = LearnedCache(name, point, shape, (features,), CLASSES, reduction=Reduction(), reads=reads).eval()
     if reads is not None:
+        cache.blend = torch.tensor([0.8, 0.6])
         selector = Selector(7)
         selector.weight.copy_(torch.randn(7))
         cache.use_confidence("selector", selector)
@@ -220,7 +221,7 @@ def test_the_folder_holds_two_files_and_at_most_four_inputs(saved: Path) -> None
     tensors = safetensors.torch.load_file(saved / artifact.WEIGHTS)
     assert tensors["example.args.0"].shape == (4, FEATURES)
     manifest = json.loads((saved / artifact.MANIFEST).read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["split"]["points"][0] == {"name": "input", "shape": [FEATURES]}
     assert str(saved) not in (saved / artifact.MANIFEST).read_text()
@@ -337,8 +338,15 @@ def test_every_single_number_and_word_of_the_manifest_is_guarded(backbone: nn.Mo
 
 
 def test_a_newer_format_says_to_upgrade(backbone: nn.Module, saved: Path) -> None:
-    edit(saved, lambda manifest: manifest.update(format_version=2, plan="of another kind"))
-    message = r"was written by a newer offramp \(format 2\), this one reads up to 1: upgrade offramp"
+    edit(saved, lambda manifest: manifest.update(format_version=3, plan="of another kind"))
+    message = r"was written by a newer offramp \(format 3\), this one reads 2: upgrade offramp"
+    with pytest.raises(ArtifactError, match=message):
+        load(saved, backbone)
+
+
+def test_an_older_format_says_to_fit_again(backbone: nn.Module, saved: Path) -> None:
+    edit(saved, lambda manifest: manifest.update(format_version=1, plan="of another kind"))
+    message = r"was written by an older offramp \(format 1\), this one reads 2: fit again"
     with pytest.raises(ArtifactError, match=message):
         load(saved, backbone)
 

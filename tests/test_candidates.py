@@ -213,7 +213,7 @@ def test_a_cache_knows_where_it_is_and_what_it_reads(recording: Recording) -> No
     first = candidates.build(POINTS[0], CacheShape("student", 8))
     second = candidates.build(POINTS[1], CacheShape("conv", 8), first)
     assert (second.name, second.point, second.reads) == ("early/conv8x1", "early", "input/student8x1")
-    assert second.head.in_features == 2 * 8 + CLASSES
+    assert second.blend is not None
     assert [candidates.position(cache) for cache in (first, second)] == [0, 1]
 
 
@@ -403,10 +403,10 @@ def train_two(candidates: Candidates) -> list[Trained]:
 
 
 def test_a_trained_cache_is_judged_on_the_rows_that_matter(recording: Recording) -> None:
-    """All rows at the input, because later caches are trained on what it says; elsewhere the held-out ones."""
+    """The held-out ones."""
     student, reader = train_two(make_candidates(recording))
     held_out = np.flatnonzero(recording.part_N != TRAIN)
-    assert np.array_equal(student.rows, np.arange(ROWS))
+    assert np.array_equal(student.rows, held_out)
     assert np.array_equal(reader.rows, held_out)
     assert student.log.steps == reader.log.steps == RECIPE.steps
     with torch.no_grad():
@@ -479,6 +479,7 @@ def test_logits_are_looked_at_a_few_rows_at_a_time(recording: Recording, monkeyp
     expected = make_candidates(recording)
     expected.records(train_two(expected), CERTIFY)
     monkeypatch.setattr(module, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(distillation, "LOOK_UP_ROWS", 7)
     rows: list[int] = []
     at = Trained.on
 
@@ -622,7 +623,7 @@ def test_a_stored_cache_serves_only_the_fit_that_it_was_trained_in(recording: Re
         assert (other.seconds_for(other.build(POINTS[2], shape), RECIPE) == 0.0) is same
     assert candidates.seconds_for(candidates.build(POINTS[2], shape), Recipe(rows=160, batch_size=16)) > 0.0
     reading = candidates.build(POINTS[2], shape, candidates.build(POINTS[0], CacheShape("student", 8)))
-    assert candidates.seconds_for(reading, RECIPE) > 0.0, "it reads now, so its head has other inputs"
+    assert candidates.seconds_for(reading, RECIPE) == 0.0, "what it reads is no part of its training"
 
 
 def test_the_train_rows_are_digested_once(
@@ -787,8 +788,9 @@ def test_building_leaves_the_seeds_of_gpus_alone(monkeypatch: pytest.MonkeyPatch
     assert not seeded
 
 
-def test_only_a_cache_at_the_input_can_be_read() -> None:
+def test_only_a_cache_that_a_request_has_met_can_be_read() -> None:
     candidates = make_candidates(image_recording(40))
     early = candidates.build(POINTS[1], CacheShape("mlp", 8))
-    with pytest.raises(InputError, match=f"was to read {early.name}; only caches at 'input' can be read"):
-        candidates.build(POINTS[2], CacheShape("linear"), early)
+    assert candidates.build(POINTS[2], CacheShape("linear"), early).reads == early.name
+    with pytest.raises(InputError, match=f"was to read {early.name}, which comes only after it"):
+        candidates.build(POINTS[0], CacheShape("student", 8), early)

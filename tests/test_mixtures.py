@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,8 @@ from offramp.augment import is_image
 from offramp.caches import CacheShape
 from offramp.candidates import Candidates
 from offramp.distillation import Recipe, Stop
+from offramp.errors import StorageError
 from offramp.mixtures import Mixer, Mixtures, pasted_share
-from offramp.progress import bar
 from offramp.recording import TRAIN, Recording, record
 from offramp.search import Search
 from offramp.splitting import SplitModel, split
@@ -43,8 +45,10 @@ def originals(recording: Recording) -> NDArray[np.intp]:
     return np.flatnonzero((recording.part_N == TRAIN) & (recording.copy_N == 0))
 
 
-def mixer(model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True) -> Mixer:
-    return Mixer(model, Classification(), recording, originals(recording), seed=seed, bfloat16=bfloat16)
+def mixer(
+    model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True, file: Path | None = None
+) -> Mixer:
+    return Mixer(model, Classification(), recording, originals(recording), seed=seed, bfloat16=bfloat16, file=file)
 
 
 def asked(mixer: Mixer) -> Mixtures:
@@ -134,6 +138,46 @@ def test_a_stop_ends_the_asking_with_what_was_said(
     assert len(mixtures.share_M) == one.count
 
 
+def test_what_was_said_is_kept_for_a_later_run(
+    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "mixtures.safetensors"
+    before = asked(mixer(model, recording, file=file))
+    later = mixer(model, recording, file=file)
+    with monkeypatch.context() as patched:
+        patched.setattr(Mixer, "_logits", lambda *_, **__: pytest.fail("asked again"))
+        assert later.estimated_seconds() == 0
+        after = asked(later)
+    assert torch.equal(after.logits_MC, before.logits_MC)
+    assert np.array_equal(after.pair_M2, before.pair_M2)
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(asked(mixer(model, recording, file=file)).logits_MC, before.logits_MC), "damaged: asked again"
+
+
+def test_what_was_only_begun_is_not_kept(model: SplitModel, recording: Recording, tmp_path: Path) -> None:
+    mixer(model, recording, file=tmp_path / "file").ask(stopped=lambda: True, progress=Ticks())
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_it_cannot_be_kept_the_message_says_so(model: SplitModel, recording: Recording, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file, not a folder")
+    with pytest.raises(StorageError, match=f"could not write {tmp_path / 'taken' / 'mixtures'}: "):
+        asked(mixer(model, recording, file=tmp_path / "taken" / "mixtures"))
+
+
+def test_a_fit_in_a_workdir_asks_once(
+    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = (candidates_of(model, recording, make_costs(model.points), workdir=tmp_path) for _ in range(2))
+    first.mix(first.mixer(bfloat16=True))
+    assert again.mixer(bfloat16=False).estimated_seconds() > 0
+    monkeypatch.setattr(Mixer, "_logits", lambda *_, **__: pytest.fail("asked again"))
+    again.mix(again.mixer(bfloat16=True))
+    assert first.mixtures is not None
+    assert again.mixtures is not None
+    assert torch.equal(first.mixtures.logits_MC, again.mixtures.logits_MC)
+
+
 def test_what_the_backbone_has_no_answer_to_is_left_out(
     model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +247,7 @@ def test_students_see_rows_and_mixtures_alike(model: SplitModel, recording: Reco
     made.mix(made.mixer(bfloat16=True))
     assert made.mixtures is not None
     cache = made.build(model.points[0], CacheShape("student", 8))
-    training = made._training(cache, RECIPE, None, None)
+    training = made._training(cache, RECIPE)
     train, count = made.train_rows, len(made.mixtures.logits_MC)
     numbers = np.concatenate([train, len(recording) + np.arange(count)])
     assert np.array_equal(np.sort(training.rows.rows), numbers)
@@ -219,28 +263,8 @@ def test_a_recipe_without_them_sees_none(model: SplitModel, recording: Recording
     made = candidates(model, recording)
     made.mix(made.mixer(bfloat16=True))
     cache = made.build(model.points[0], CacheShape("student", 8))
-    plain = made._training(cache, Recipe(rows=256, batch_size=16), None, None)
+    plain = made._training(cache, Recipe(rows=256, batch_size=16))
     assert np.array_equal(plain.rows.rows, made.train_rows)
-
-
-def test_a_student_that_reads_another_reads_what_it_says_about_mixtures(
-    model: SplitModel, recording: Recording
-) -> None:
-    made = candidates(model, recording)
-    made.mix(made.mixer(bfloat16=True))
-    assert made.mixtures is not None
-    small = made.build(model.points[0], CacheShape("student", 8))
-    large = made.build(model.points[0], CacheShape("student", 16), small)
-    with bar("", None, show=False) as progress:
-        made.train(small, RECIPE, None, progress)
-        assert made.seconds_for(large, RECIPE) > 0
-        made.train(large, RECIPE, None, progress)
-    assert [trained.log.steps for trained in made.trained] == [16, 16]
-    said_MC = made._about_mixtures(made.trained[0])
-    with torch.inference_mode():
-        expected = small.from_feature(made.mixtures.images(np.arange(len(said_MC))))
-    torch.testing.assert_close(said_MC, expected, atol=1e-4, rtol=1e-4)
-    assert made._about_mixtures(made.trained[1]).shape == said_MC.shape
 
 
 @pytest.mark.parametrize(

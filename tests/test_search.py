@@ -84,7 +84,7 @@ class Rehearsal:
             rehearsal.clock.now += need(cache) if limit_s is None else min(need(cache), limit_s)
             cache.eval()
             cache.fold()
-            return self._judge(cache, self.position(cache), TrainingLog(1, 1.0, 0.0))
+            return self._judge(cache, TrainingLog(1, 1.0, 0.0))
 
         monkeypatch.setattr(Candidates, "_train", train)
         monkeypatch.setattr(Candidates, "seconds_for", lambda self, cache, recipe: need(cache))

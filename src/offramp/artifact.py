@@ -51,7 +51,7 @@ from offramp.types import Certificate, Plan, version
 log = logging.getLogger("offramp")
 
 FORMAT = "offramp-cached-model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "caches.safetensors"
 EXAMPLE_ROWS = 4
@@ -364,10 +364,10 @@ def report_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _check_version(file: Path, version: object) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ArtifactError(f"{file} is damaged: its format_version is {version!r}")
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        which, what = ("a newer", "upgrade offramp") if version > FORMAT_VERSION else ("an older", "fit again")
         raise ArtifactError(
-            f"{file} was written by a newer offramp (format {version}), this one reads up to "
-            f"{FORMAT_VERSION}: upgrade offramp"
+            f"{file} was written by {which} offramp (format {version}), this one reads {FORMAT_VERSION}: {what}"
         )
 
 

@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offramp.blending import fit_blend
 from offramp.caches import Cache, CacheShape, LearnedCache
 from offramp.confidence import Selector, auroc, statistics
 from offramp.cost import count_flops
-from offramp.distillation import Recipe, Stop, Training, TrainingLog, cache_logits, logits_about
+from offramp.distillation import Recipe, Stop, Training, TrainingLog, cache_logits
 from offramp.errors import InputError, StorageError
 from offramp.mixtures import Mixer, Mixtures
 from offramp.placement import CacheCosts
@@ -38,6 +39,7 @@ from offramp.types import CostTable, Records
 
 MIN_WIDTH, MAX_WIDTH = 8, 192
 MAX_TUNE = 50_000  # tune rows that are looked at: the time of every search grows with them, its result hardly changes
+BLEND_ROWS = 4096  # tune rows that two weights are fitted on
 CHUNK_ROWS = 4096  # recorded rows whose logits are in memory at a time
 
 OfLogits = Callable[[Tensor, Tensor | None], Tensor]  # (B, C) own logits, those read -> (B, ...)
@@ -46,8 +48,8 @@ CLEARLY = 0.01  # of AUROC: by less than this the best of several scores on tune
 
 @dataclass
 class Trained:
-    """A trained candidate. `logits_NC` are its logits on the recorded rows number `rows`, in rising order, and
-    `confidence_N` is its confidence on the tune rows."""
+    """A trained candidate. `logits_NC` are its logits on the recorded rows number `rows` (that judge it), in rising
+    order, and `confidence_N` is its confidence on the tune rows."""
 
     cache: Cache
     position: int
@@ -120,12 +122,10 @@ class Candidates:
     def build(self, point: SplitPoint, shape: CacheShape, reads: Cache | None = None) -> LearnedCache:
         """A fresh cache of this shape; its initial weights depend on the seed and its name alone.
 
-        reads: a candidate at the input, whose logits it sees as well. InputError for one elsewhere: only at the input
-        are the logits of all recorded rows kept.
+        reads: an earlier candidate, whose logits it sees as well. InputError where a request meets that one later.
         """
-        if reads is not None and reads.point != self.split.points[0].name:
-            known = self.split.points[0].name
-            raise InputError(f"a cache at {point.name} was to read {reads.name}; only caches at {known!r} can be read")
+        if reads is not None and self.position(reads) > point.position:
+            raise InputError(f"a cache at {point.name} was to read {reads.name}, which comes only after it")
         name = f"{point.name}/{shape.label}"
         with torch.random.fork_rng(devices=[]):
             # By its name, so that a resumed search, which skips some, begins each cache alike.
@@ -195,11 +195,7 @@ class Candidates:
             return 0.0
         key = cache.name, recipe
         if key not in self._estimates_s:
-            # What it reads is not trained yet; one row serves for all.
-            row = None if cache.reads is None else torch.zeros(1, self.classes)
-            read_NC = None if row is None else row.expand(len(self.recording), -1)
-            read_MC = None if row is None or self.mixtures is None else row.expand(len(self.mixtures.logits_MC), -1)
-            self._estimates_s[key] = self._training(copy.deepcopy(cache), recipe, read_NC, read_MC).estimated_seconds()
+            self._estimates_s[key] = self._training(copy.deepcopy(cache), recipe).estimated_seconds()
         return self._estimates_s[key]
 
     def train_round(
@@ -235,60 +231,65 @@ class Candidates:
 
     def mixer(self, *, bfloat16: bool) -> Mixer:
         """What can ask the backbone about mixtures of the train rows."""
-        return Mixer(self.split, self.task, self.recording, self.train_rows, seed=self.seed, bfloat16=bfloat16)
+        return Mixer(
+            self.split,
+            self.task,
+            self.recording,
+            self.train_rows,
+            seed=self.seed,
+            bfloat16=bfloat16,
+            file=self._mixtures_file(bfloat16=bfloat16),
+        )
 
     def mix(self, mixer: Mixer) -> None:
         """Have mixtures for those recipes that want them."""
         with bar("asking about mixtures", mixer.count, show=self.show) as progress:
             self.mixtures = mixer.ask(stopped=lambda: self.stop.requested, progress=progress)
 
-    def _about_mixtures(self, trained: Trained) -> Tensor:
-        """(M, C) logits of a trained cache at the input."""
-        assert self.mixtures is not None
-        read_MC = None if trained.cache.reads is None else self._about_mixtures(self.named(trained.cache.reads))
-        numbers = np.arange(len(self.mixtures.logits_MC))
-        return logits_about(trained.cache, self.mixtures.images, numbers, read_MC, self.split.device, self.workdir)
-
     def add(self, cache: Cache, log: TrainingLog) -> None:
         """Judge a cache that has learned by other means than gradient steps, and add it to the candidates."""
-        self.trained.append(self._judge(cache.eval(), self.position(cache), log))
+        self.trained.append(self._judge(cache.eval(), log))
 
     def _train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> Trained:
-        # The head's width changes with what it reads; the read logits were recorded when that cache was trained.
-        read = None if cache.reads is None else self.named(cache.reads)
-        read_NC = None if read is None else read.logits_NC
-        read_MC = None if read is None or not recipe.mixtures else self._about_mixtures(read)
-        training = self._training(cache, recipe, read_NC, read_MC)
-        log = training.run(time_limit_s=limit_s, stop=self.stop, progress=progress)
-        trained = self._judge(cache, self.position(cache), log)
-        self._save(trained, cache, recipe)
-        return trained
+        log = self._training(cache, recipe).run(time_limit_s=limit_s, stop=self.stop, progress=progress)
+        self._save(cache, recipe, log)
+        return self._judge(cache, log)
 
-    def _training(
-        self, cache: LearnedCache, recipe: Recipe, read_NC: Tensor | None, read_MC: Tensor | None
-    ) -> Training:
-        mixtures = self.mixtures if recipe.mixtures else None
+    def _training(self, cache: LearnedCache, recipe: Recipe) -> Training:
         return Training(
             cache,
             self.recording,
             self.position(cache),
             self.train_rows,
-            read_NC,
             recipe,
-            mixtures=None if mixtures is None else dataclasses.replace(mixtures, read_MC=read_MC),
+            mixtures=self.mixtures if recipe.mixtures else None,
             seed=self.seed,
             device=self.split.device,
         )
 
-    def _judge(self, cache: Cache, position: int, log: TrainingLog) -> Trained:
-        """Run the cache on the rows that matter and pick its confidence."""
-        rows = np.arange(len(self.recording)) if position == 0 else self.judged_rows
+    def _judge(self, cache: Cache, log: TrainingLog) -> Trained:
+        """Have the cache say what it says on the rows that judge it, and pick its confidence."""
         read = None if cache.reads is None else self.named(cache.reads)
-        read_NC = None if read is None else read.logits_NC
-        logits = cache_logits(cache, self.recording, position, rows, read_NC, self.split.device, self.workdir)
-        trained = Trained(cache, position, rows, logits, log)
+        if isinstance(cache, LearnedCache) and read is not None:
+            self._blend(cache, read)
+        logits_NC = self._logits(cache, self.judged_rows)
+        trained = Trained(cache, self.position(cache), self.judged_rows, logits_NC, log)
         self._choose_confidence(trained)
         return trained
+
+    def _blend(self, cache: LearnedCache, read: Trained) -> None:
+        """Weigh what the cache says itself and what it reads, on tune rows."""
+        rows = _thinned(self.tune_rows, BLEND_ROWS)
+        cache.blend = torch.tensor([1.0, 0.0], device=self.split.device)
+        own_NC = self._logits(cache, rows)
+        read_NC = torch.cat([read.on(part) for part in _chunks(rows)])
+        cache.blend = fit_blend(own_NC, read_NC, self.answer_N[rows]).to(self.split.device)
+
+    def _logits(self, cache: Cache, rows: NDArray[np.intp]) -> Tensor:
+        """(len(rows), C) what a cache says on these of the rows that judge it."""
+        read = None if cache.reads is None else self.named(cache.reads).on
+        device = self.split.device
+        return cache_logits(cache, self.recording, self.position(cache), rows, read, device, self.workdir)
 
     def _choose_confidence(self, trained: Trained) -> None:
         agreement = self._agreement(self._answers(trained, self.tune_rows), self.tune_rows)
@@ -362,16 +363,20 @@ class Candidates:
         """Of all train rows, so it takes a while."""
         return self.recording.fingerprint(TRAIN)
 
+    def _mixtures_file(self, *, bfloat16: bool) -> Path | None:
+        if self.workdir is None:
+            return None
+        what = [self.split.fingerprint, self._train_digest, self.seed, bfloat16]
+        return self.workdir / f"mixtures_{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.safetensors"
+
     def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None
-        read = next((trained for trained in self.trained if trained.cache.name == cache.reads), None)
-        later = ("folded", "confidence", "selector_features")  # decided after training
+        later = ("reads", "folded", "confidence", "selector_features")  # decided after training, or no part of it
         what = {
             "backbone": self.split.fingerprint,
             "data": self._train_digest,
             "seed": self.seed,
             "recipe": dataclasses.asdict(recipe),
-            "read": None if read is None else read.log.steps,  # trained on, it says other things
             "cache": {name: value for name, value in cache.describe().items() if name not in later},
         }
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -387,16 +392,16 @@ class Candidates:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def _save(self, trained: Trained, cache: LearnedCache, recipe: Recipe) -> None:
+    def _save(self, cache: LearnedCache, recipe: Recipe, log: TrainingLog) -> None:
         if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
             return
         file = self._file(cache, recipe)
         state = {name: value.detach().cpu().contiguous() for name, value in cache.state_dict().items()}
-        state = {name: value for name, value in state.items() if not name.startswith("selector.")}
+        state.pop("blend", None)  # fitted anew, to what it will read then
         temporary = file.with_suffix(".tmp")
         try:
             self.store.mkdir(parents=True, exist_ok=True)
-            save_file(state, temporary, {"log": json.dumps(dataclasses.asdict(trained.log))})
+            save_file(state, temporary, {"log": json.dumps(dataclasses.asdict(log))})
             temporary.replace(file)
         except (OSError, SafetensorError) as error:
             raise StorageError(
@@ -410,10 +415,11 @@ class Candidates:
         if log is None or (log.steps < recipe.steps and (limit_s is None or log.seconds < 0.5 * limit_s)):
             return None
         ready = LearnedCache.described(cache.describe() | {"folded": True})
-        ready.load_state_dict(load_file(self._file(cache, recipe)))
+        state = load_file(self._file(cache, recipe))
+        ready.load_state_dict(state if ready.blend is None else state | {"blend": ready.blend})
         ready.to(self.split.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ready.requires_grad_(requires_grad=False)
-        return self._judge(ready, self.position(ready), log)
+        return self._judge(ready, log)
 
 
 def _of_own(function: Callable[[Tensor], Tensor]) -> OfLogits:

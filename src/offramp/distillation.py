@@ -38,6 +38,7 @@ from offramp.progress import Bar
 from offramp.recording import Recording, unnamed_file, write_all
 
 PREPARE_ROWS = 500  # rows that fixed first layers are computed from
+LOOK_UP_ROWS = 256  # at a time, where a trained cache is judged
 CONDENSED_LIMIT = 2**29  # bytes of condensed rows that a training keeps in memory
 
 
@@ -114,9 +115,8 @@ def graceful_stop() -> Iterator[Stop]:
 class Training:
     """The training of `cache`, in place, by a recipe, on the recorded `rows` of split point `position`.
 
-    read_NC: logits of the cache it reads, for every recorded row, or None. mixtures: what it trains on beside the rows,
-    with the logits of the cache it reads; they have no labels. InputError where the recipe trains on labels that the
-    recording does not have (`labelled`).
+    What a cache reads is no part of it: see `offramp.blending`. mixtures: what it trains on beside the rows; they have
+    no labels. InputError where the recipe trains on labels that the recording does not have (`labelled`).
     """
 
     def __init__(
@@ -125,7 +125,6 @@ class Training:
         recording: Recording,
         position: int,
         rows: NDArray[np.intp],
-        read_NC: Tensor | None,
         recipe: Recipe,
         *,
         mixtures: Mixtures | None = None,
@@ -138,7 +137,7 @@ class Training:
             rows = labelled(recording, rows)
             self.label_N = recording.label_N
         cache.prepare(_as_input(features[np.sort(rows[:PREPARE_ROWS])]).to(device))
-        self.examples = _Examples(features, recording.logits_NC, read_NC, mixtures)
+        self.examples = _Examples(features, recording.logits_NC, mixtures)
         if mixtures is not None:
             rows = np.concatenate([rows, len(recording) + mixtures.numbers])
         self.rows = _Rows(rows, recipe.batch_size, seed)
@@ -185,10 +184,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         condensed = self.inputs[index]
-        target_BC, read_BC = self.examples.target(index).to(self.device), self.examples.read(index)
-        read_BC = None if read_BC is None else read_BC.to(self.device)
+        target_BC = self.examples.target(index).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
-            logits_BC = self.cache.from_condensed(condensed, read_BC)
+            logits_BC = self.cache.from_condensed(condensed)
         loss = recipe_loss(logits_BC.float(), target_BC, self._hard(index, target_BC), self.recipe)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -244,34 +242,22 @@ def cache_logits(
     recording: Recording,
     position: int,
     rows: NDArray[np.intp],
-    read_NC: Tensor | None,
+    read: Callable[[NDArray[np.intp]], Tensor] | None,
     device: torch.device,
     folder: Path | None = None,
 ) -> Tensor:
-    """(len(rows), C) logits of a trained cache on recorded rows, as `logits_about` has them."""
-    features = recording.features[position]
-    return logits_about(cache, lambda chunk: _as_input(features[chunk]), rows, read_NC, device, folder)
-
-
-def logits_about(
-    cache: Cache,
-    feature: Callable[[NDArray[np.intp]], Tensor],
-    rows: NDArray[np.intp],
-    read_NC: Tensor | None,
-    device: torch.device,
-    folder: Path | None,
-) -> Tensor:
-    """(len(rows), C) logits of a trained cache, on the CPU, for the rows of these numbers of what `feature` gives;
-    read_NC: those of the cache it reads, for every row that there is.
+    """(len(rows), C) logits of a trained cache on these recorded rows, on the CPU; read: those of the cache it reads,
+    for some of these rows.
 
     They are mapped from a file without a name in `folder` (None: where the system has such files), because with many
     classes they need not fit into memory. StorageError where the disk is full.
     """
+    features = recording.features[position]
     with torch.no_grad(), unnamed_file("what a cache says", folder) as file:
-        for start in range(0, len(rows), 256):
-            chunk = rows[start : start + 256]
-            read_BC = None if read_NC is None else read_NC[chunk].to(device)
-            logits_BC = cache.from_feature(feature(chunk).to(device), read_BC)
+        for start in range(0, len(rows), LOOK_UP_ROWS):
+            chunk = rows[start : start + LOOK_UP_ROWS]
+            read_BC = None if read is None else read(chunk).to(device)
+            logits_BC = cache.from_feature(_as_input(features[chunk]).to(device), read_BC)
             write_all(file, logits_BC.float().cpu().numpy().tobytes())
         shape = (len(rows), logits_BC.shape[1])
         return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))  # torch takes no read-only maps
@@ -284,10 +270,9 @@ class _Examples:
         self,
         features: NDArray[np.generic],
         logits_NC: NDArray[np.float32],
-        read_NC: Tensor | None,
         mixtures: Mixtures | None,
     ) -> None:
-        self._features, self._logits_NC, self._read_NC, self._mixtures = features, logits_NC, read_NC, mixtures
+        self._features, self._logits_NC, self._mixtures = features, logits_NC, mixtures
 
     def feature(self, index: NDArray[np.intp]) -> Tensor:
         recorded, mixed = self._parted(index)
@@ -302,17 +287,6 @@ class _Examples:
         recorded, mixed = self._parted(index)
         logits_BC = torch.from_numpy(self._logits_NC[recorded])
         return logits_BC if self._mixtures is None else torch.cat([logits_BC, self._mixtures.logits_MC[mixed]])
-
-    def read(self, index: NDArray[np.intp]) -> Tensor | None:
-        """(B, C) what the cache that is read says, if there is one."""
-        if self._read_NC is None:
-            return None
-        recorded, mixed = self._parted(index)
-        read_BC = self._read_NC[recorded]
-        if self._mixtures is None:
-            return read_BC
-        assert self._mixtures.read_MC is not None
-        return torch.cat([read_BC, self._mixtures.read_MC[mixed]])
 
     def _parted(self, index: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Rows and mixtures of these numbers, which rise."""

@@ -16,17 +16,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from offramp.precision import has_fast_bfloat16
 from offramp.progress import Bar
 from offramp.recording import MAX_BATCH, Recording, keeps_answers, takes_images
 from offramp.splitting import SplitModel
+from offramp.state import write_whole
 from offramp.tasks import Classification
 
 PER_ROW, MOST = 2, 100_000  # mixtures per train row, and in all
@@ -36,15 +40,13 @@ PER_ROW, MOST = 2, 100_000  # mixtures per train row, and in all
 class Mixtures:
     """M images to be. Each is made of the recorded inputs number `pair_M2`; `share_M` of it comes from the first. Those
     with an odd number have a rectangle of the second in them, which lies at `corner_M2` of the room that it has; the
-    others are sums. `logits_MC` is what the backbone says about them, NaN where it says nothing, and `read_MC` what a
-    cache that is read says."""
+    others are sums. `logits_MC` is what the backbone says about them, NaN where it says nothing."""
 
     inputs: NDArray[Any]
     pair_M2: NDArray[np.intp]
     share_M: NDArray[np.float32]
     corner_M2: NDArray[np.float32]
     logits_MC: Tensor
-    read_MC: Tensor | None = None
 
     @property
     def numbers(self) -> NDArray[np.intp]:
@@ -80,7 +82,8 @@ def _between(side: int, length_B: Tensor, start_B: Tensor) -> Tensor:
 
 
 class Mixer:
-    """Asks the backbone about mixtures of these recorded rows. bfloat16: it may answer in it."""
+    """Asks the backbone about mixtures of these recorded rows. bfloat16: it may answer in it. file: keeps what it said
+    about all of them, for a later run that asks about the same."""
 
     def __init__(
         self,
@@ -91,9 +94,10 @@ class Mixer:
         *,
         seed: int,
         bfloat16: bool,
+        file: Path | None = None,
     ) -> None:
         self._split, self._task, self._recording, self._rows = split, task, recording, rows
-        self._seed, self._bfloat16 = seed, bfloat16
+        self._seed, self._bfloat16, self._file = seed, bfloat16, file
 
     @property
     def suits(self) -> bool:
@@ -106,22 +110,38 @@ class Mixer:
         return min(PER_ROW * len(self._rows), MOST)
 
     def ask(self, *, stopped: Callable[[], bool], progress: Bar) -> Mixtures:
-        """`count` mixtures; the backbone is asked about no more of them once the user has stopped it."""
+        """`count` mixtures; the backbone is asked about no more of them once the user has stopped it. StorageError
+        where what it said cannot be kept."""
+        if self._kept is not None:
+            return replace(self._drawn, logits_MC=self._kept)
         fast, logits_MC = self._faithful, self._drawn.logits_MC.clone()
         for start in range(0, self.count, MAX_BATCH):
             if stopped():
-                break
+                return replace(self._drawn, logits_MC=logits_MC)
             index_B = np.arange(start, min(start + MAX_BATCH, self.count))
             logits_MC[index_B] = self._logits(self._drawn.images(index_B), bfloat16=fast)
             progress.advance(len(index_B))
+        if self._file is not None:
+            write_whole(self._file, save({"logits": logits_MC}))
         return replace(self._drawn, logits_MC=logits_MC)
 
     def estimated_seconds(self) -> float:
-        """Of `ask`, from one timed batch."""
+        """Of `ask`, from one timed batch; 0 where an earlier run has done it."""
+        if self._kept is not None:
+            return 0.0
         fast, some_BCHW = self._faithful, self._drawn.images(self._first)
         started = time.monotonic()
         self._logits(some_BCHW, bfloat16=fast)
         return (time.monotonic() - started) * self.count / len(self._first)
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        """(M, C) what the backbone said in an earlier run, if that was kept and can be read."""
+        try:
+            logits_MC = None if self._file is None else load_file(self._file)["logits"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return logits_MC if logits_MC is not None and logits_MC.shape == self._drawn.logits_MC.shape else None
 
     @cached_property
     def _drawn(self) -> Mixtures:

@@ -1,7 +1,8 @@
 """Learned caches: small networks that imitate the backbone from one of its activations, or from the input itself.
 
 Behind the fixed reduction comes a trained body, from a linear probe up to a student network with its own trunk. It may
-also read the logits of one earlier cache, so that what that cache already worked out is not lost on a miss.
+also read the logits of one earlier cache, so that what that cache already worked out is not lost on a miss: its own are
+then blended with these, both weighed once it is trained.
 
 Early split points need capacity, late ones none (docs/design.md), hence the range of shapes. All shapes are plain
 feed-forward modules; batch normalisation is folded into the convolutions once training is over.
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from offramp.blending import blended
 from offramp.caches.base import Cache
 from offramp.caches.reduction import MAX_SEGMENTS, Reduction
 
@@ -63,9 +65,11 @@ class CacheShape:
 
 
 class LearnedCache(Cache):
-    """A trained body and a linear head on what it makes of the activation, beside the logits of the cache it reads."""
+    """A trained body and a linear head on what it makes of the activation. Where it reads another cache, `blend` holds
+    the weights of its own logits and of those that it reads (`offramp.blending`)."""
 
     kind = "learned"
+    blend: Tensor | None
 
     def __init__(
         self,
@@ -88,11 +92,17 @@ class LearnedCache(Cache):
         self.body = _BODIES[shape.kind](shape, read_shape, vocabulary)
         features = self.body.features
         assert isinstance(features, int)
-        self.head = nn.Linear(features + (classes if reads else 0), classes)
+        self.head = nn.Linear(features, classes)
+        self.register_buffer("blend", torch.tensor([1.0, 0.0]) if reads else None)
         self.folded = False
 
     def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
-        return self.from_condensed(self.condense(feature), read_BC)
+        own_BC = self.from_condensed(self.condense(feature))
+        if self.blend is None:
+            return own_BC
+        if read_BC is None:
+            raise ValueError(f"cache {self.name} reads the logits of {self.reads}, which were not given")
+        return blended(own_BC, read_BC, self.blend)
 
     @property
     def condensed_width(self) -> int | None:
@@ -106,14 +116,9 @@ class LearnedCache(Cache):
         feature = feature.to(self.head.weight.dtype)
         return feature if self.condensed_width is None else _pool(feature)
 
-    def from_condensed(self, condensed: Tensor, read_BC: Tensor | None = None) -> Tensor:
-        """The rest of `from_feature`."""
-        hidden_BF: Tensor = self.body(condensed)
-        if self.reads is not None:
-            if read_BC is None:
-                raise ValueError(f"cache {self.name} reads the logits of {self.reads}, which were not given")
-            hidden_BF = torch.cat([hidden_BF, read_BC.log_softmax(-1).clamp(min=-10)], dim=1)
-        logits_BC: Tensor = self.head(hidden_BF)
+    def from_condensed(self, condensed: Tensor) -> Tensor:
+        """(B, C) its own logits from there: what is trained."""
+        logits_BC: Tensor = self.head(self.body(condensed))
         return logits_BC
 
     def prepare(self, feature: Tensor) -> None:
