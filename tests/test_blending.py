@@ -30,7 +30,7 @@ def test_a_blend_is_a_weighted_sum_of_log_probabilities() -> None:
 def test_nothing_that_is_read_is_out_of_the_question() -> None:
     very_sure = torch.tensor([[-1e30, 1e30]])
     logits_BC = blended(torch.zeros(1, 2), very_sure, torch.tensor([1.0, 1.0]))
-    assert logits_BC.tolist() == [[-blending.SUREST, 0.0]]
+    assert logits_BC.tolist() == [[blending.FLOOR, 0.0]]
 
 
 def test_the_weights_that_the_answers_were_drawn_with_are_found() -> None:

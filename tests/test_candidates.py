@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from offramp import candidates as module
 from offramp import distillation
+from offramp.blending import fit_blend
 from offramp.caches import Cache, CacheShape, KeyCache, LearnedCache, NearestCache, Reduction
 from offramp.caches.nearest import StoreShape
 from offramp.candidates import Candidates, Trained
@@ -417,6 +419,59 @@ def test_a_trained_cache_is_judged_on_the_rows_that_matter(recording: Recording)
         torch.testing.assert_close(reader.on(rows), reader.cache.from_feature(early, said), rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_and_what_it_reads_are_weighed_on_tune_rows_and_no_others(recording: Recording) -> None:
+    """The certificate must not rest on rows that had a part in it."""
+    candidates = make_candidates(recording)
+    student, reader = train_two(candidates)
+    assert isinstance(reader.cache, LearnedCache)
+    assert reader.cache.blend is not None
+    tune = recording.index(TUNE)
+    with torch.no_grad():
+        own_NC = reader.cache.from_condensed(torch.from_numpy(recording.features[1][tune]).float())
+    expected = fit_blend(own_NC, student.on(tune), candidates.answer_N[tune])
+    torch.testing.assert_close(reader.cache.blend, expected, rtol=1e-3, atol=1e-3)
+    assert reader.cache.blend.tolist() != [1, 0]
+    other = copy.copy(recording)
+    other.features = [feature.copy() for feature in recording.features]
+    other.logits_NC = recording.logits_NC.copy()
+    certify = recording.index(CERTIFY)
+    for array in (*other.features, other.logits_NC):
+        array[certify] = -array[certify]
+    same = train_two(make_candidates(other))[1].cache
+    assert isinstance(same, LearnedCache)
+    assert same.blend is not None
+    assert torch.equal(same.blend, reader.cache.blend)
+
+
+def test_a_blend_is_made_of_what_is_read_now(recording: Recording, tmp_path: Path) -> None:
+    """Not stored with what was trained, so that a later run may have it read another student."""
+    candidates = make_candidates(recording, workdir=tmp_path)
+    blends = []
+    for width in (8, 16):
+        student = candidates.build(POINTS[0], CacheShape("student", width))
+        candidates.train(student, RECIPE, None, silent())
+        reader = candidates.build(POINTS[1], CacheShape("conv", 8), student)
+        candidates.train(reader, RECIPE, None, silent())
+        cache = candidates.trained[-1].cache
+        assert isinstance(cache, LearnedCache)
+        assert cache.blend is not None
+        blends.append(cache.blend)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3, "the reader was trained once"
+    assert not torch.equal(*blends)
+    assert not any("blend" in load_file(file) for file in tmp_path.rglob("*.safetensors"))
+
+
+def test_a_cache_that_comes_with_a_blend_keeps_it(recording: Recording) -> None:
+    """As those that serve do in a refit: other answers would be those of another cache."""
+    candidates = make_candidates(recording)
+    student = candidates.build(POINTS[0], CacheShape("student", 8))
+    candidates.add(student, TrainingLog(0, 0.5, 0.0))
+    reader = candidates.build(POINTS[1], CacheShape("conv", 8), student)
+    reader.blend = torch.tensor([0.25, 0.75])
+    candidates.add(reader, TrainingLog(0, 0.5, 0.0))
+    assert reader.blend.tolist() == [0.25, 0.75]
+
+
 def test_candidates_are_listed_as_a_request_meets_them(recording: Recording) -> None:
     candidates = make_candidates(recording)
     late = candidates.build(POINTS[2], CacheShape("linear"))
@@ -657,7 +712,7 @@ def test_a_half_trained_cache_is_used_but_not_stored(recording: Recording, tmp_p
 def test_a_cache_that_cannot_be_stored_says_where_and_what_to_do(recording: Recording, tmp_path: Path) -> None:
     (tmp_path / "caches").write_text("in the way")
     candidates = make_candidates(recording, workdir=tmp_path)
-    with pytest.raises(StorageError, match=r"could not keep a trained cache in .*caches.*workdir="):
+    with pytest.raises(StorageError, match=r"could not keep what was learned in .*caches.*workdir="):
         candidates.train(candidates.build(POINTS[2], CacheShape("linear")), RECIPE, None, silent())
 
 

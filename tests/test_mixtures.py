@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,6 @@ from offramp.augment import is_image
 from offramp.caches import CacheShape
 from offramp.candidates import Candidates
 from offramp.distillation import Recipe, Stop
-from offramp.errors import StorageError
 from offramp.mixtures import Mixer, Mixtures, pasted_share
 from offramp.recording import TRAIN, Recording, record
 from offramp.search import Search
@@ -45,10 +46,8 @@ def originals(recording: Recording) -> NDArray[np.intp]:
     return np.flatnonzero((recording.part_N == TRAIN) & (recording.copy_N == 0))
 
 
-def mixer(
-    model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True, file: Path | None = None
-) -> Mixer:
-    return Mixer(model, Classification(), recording, originals(recording), seed=seed, bfloat16=bfloat16, file=file)
+def mixer(model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True) -> Mixer:
+    return Mixer(model, Classification(), recording, originals(recording), seed=seed, bfloat16=bfloat16)
 
 
 def asked(mixer: Mixer) -> Mixtures:
@@ -138,46 +137,6 @@ def test_a_stop_ends_the_asking_with_what_was_said(
     assert len(mixtures.share_M) == one.count
 
 
-def test_what_was_said_is_kept_for_a_later_run(
-    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "new" / "mixtures.safetensors"
-    before = asked(mixer(model, recording, file=file))
-    later = mixer(model, recording, file=file)
-    with monkeypatch.context() as patched:
-        patched.setattr(Mixer, "_logits", lambda *_, **__: pytest.fail("asked again"))
-        assert later.estimated_seconds() == 0
-        after = asked(later)
-    assert torch.equal(after.logits_MC, before.logits_MC)
-    assert np.array_equal(after.pair_M2, before.pair_M2)
-    file.write_bytes(file.read_bytes()[:50])
-    assert torch.equal(asked(mixer(model, recording, file=file)).logits_MC, before.logits_MC), "damaged: asked again"
-
-
-def test_what_was_only_begun_is_not_kept(model: SplitModel, recording: Recording, tmp_path: Path) -> None:
-    mixer(model, recording, file=tmp_path / "file").ask(stopped=lambda: True, progress=Ticks())
-    assert not list(tmp_path.iterdir())
-
-
-def test_where_it_cannot_be_kept_the_message_says_so(model: SplitModel, recording: Recording, tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("a file, not a folder")
-    with pytest.raises(StorageError, match=f"could not write {tmp_path / 'taken' / 'mixtures'}: "):
-        asked(mixer(model, recording, file=tmp_path / "taken" / "mixtures"))
-
-
-def test_a_fit_in_a_workdir_asks_once(
-    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, again = (candidates_of(model, recording, make_costs(model.points), workdir=tmp_path) for _ in range(2))
-    first.mix(first.mixer(bfloat16=True))
-    assert again.mixer(bfloat16=False).estimated_seconds() > 0
-    monkeypatch.setattr(Mixer, "_logits", lambda *_, **__: pytest.fail("asked again"))
-    again.mix(again.mixer(bfloat16=True))
-    assert first.mixtures is not None
-    assert again.mixtures is not None
-    assert torch.equal(first.mixtures.logits_MC, again.mixtures.logits_MC)
-
-
 def test_what_the_backbone_has_no_answer_to_is_left_out(
     model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,8 +194,8 @@ def test_they_suit_images_that_were_recorded_and_nothing_else(model: SplitModel,
 # --- who learns from them -------------------------------------------------------------------------
 
 
-def candidates(model: SplitModel, recording: Recording) -> Candidates:
-    return candidates_of(model, recording, make_costs(model.points))
+def candidates(model: SplitModel, recording: Recording, **options: Any) -> Candidates:
+    return candidates_of(model, recording, make_costs(model.points), **options)
 
 
 RECIPE = Recipe(rows=256, batch_size=16, mixtures=True)
@@ -265,6 +224,51 @@ def test_a_recipe_without_them_sees_none(model: SplitModel, recording: Recording
     cache = made.build(model.points[0], CacheShape("student", 8))
     plain = made._training(cache, Recipe(rows=256, batch_size=16))
     assert np.array_equal(plain.rows.rows, made.train_rows)
+
+
+def test_a_fit_in_a_workdir_asks_once(
+    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = candidates(model, recording, workdir=tmp_path / "new")
+    first.mix(first.mixer(bfloat16=True))
+    (file,) = (tmp_path / "new").glob("mixtures_*.safetensors")
+    again = candidates(model, recording, workdir=tmp_path / "new")
+    with monkeypatch.context() as patched:
+        patched.setattr(Mixer, "_logits", lambda *_, **__: pytest.fail("asked again"))
+        known = again.mixer(bfloat16=True)
+        assert known.estimated_seconds() == 0
+        again.mix(known)
+    assert first.mixtures is not None
+    assert again.mixtures is not None
+    assert torch.equal(first.mixtures.logits_MC, again.mixtures.logits_MC)
+    assert np.array_equal(first.mixtures.pair_M2, again.mixtures.pair_M2)
+    file.write_bytes(file.read_bytes()[:50])
+    assert again.mixer(bfloat16=True).estimated_seconds() > 0, "damaged: asked again"
+
+
+def test_what_was_said_in_one_fit_is_for_the_same_mixtures_only(
+    model: SplitModel, recording: Recording, tmp_path: Path
+) -> None:
+    first = candidates(model, recording, workdir=tmp_path)
+    first.mix(first.mixer(bfloat16=True))
+    turned = copy.copy(recording)
+    turned.keys_N = recording.keys_N[::-1]
+    other_model = copy.copy(model)
+    other_model.fingerprint = "another"
+    for other in (
+        candidates(model, recording, workdir=tmp_path, seed=1),
+        candidates(model, turned, workdir=tmp_path),
+        candidates(other_model, recording, workdir=tmp_path),
+    ):
+        assert other.mixer(bfloat16=True).estimated_seconds() > 0
+    assert first.mixer(bfloat16=False).estimated_seconds() > 0
+
+
+def test_what_was_only_begun_is_not_kept(model: SplitModel, recording: Recording, tmp_path: Path) -> None:
+    stopped = candidates(model, recording, workdir=tmp_path)
+    stopped.stop.requested = True
+    stopped.mix(stopped.mixer(bfloat16=True))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -10,29 +10,33 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-SUREST = 10.0  # log-probabilities that are read end there, so that no answer is out of the question
+from offramp.types import FloatArray
+
+FLOOR = -10.0  # of log-probabilities that are read: no answer is out of the question
 RIDGE = 1e-3  # towards a cache by itself: where every answer is right, nothing else would hold the weights
 
 
 def blended(own_BC: Tensor, read_BC: Tensor, weights_2: Tensor) -> Tensor:
     """(B, C) logits of a cache from its own and from those that it reads."""
-    return weights_2[0] * own_BC + weights_2[1] * read_BC.log_softmax(-1).clamp(min=-SUREST)
+    return weights_2[0] * own_BC + weights_2[1] * read_BC.log_softmax(-1).clamp(min=FLOOR)
 
 
 def fit_blend(own_NC: Tensor, read_NC: Tensor, answer_N: Tensor) -> Tensor:
     """(2,) the weights whose blend finds the backbone's answers most likely."""
     from scipy.optimize import minimize
 
-    own_NC, read_NC = own_NC.double(), read_NC.double()
+    own_NC, read_NC = own_NC.double(), read_NC.double().log_softmax(-1).clamp(min=FLOOR)
+    start = np.array([1.0, 0.0])
 
-    def loss_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        weights_2 = torch.tensor(weights, requires_grad=True)
-        loss = F.cross_entropy(blended(own_NC, read_NC, weights_2), answer_N)
-        loss = loss + RIDGE * ((weights_2[0] - 1) ** 2 + weights_2[1] ** 2)
-        (gradient_2,) = torch.autograd.grad(loss, weights_2)
-        return loss.item(), gradient_2.numpy()
+    def loss_and_gradient(weights: FloatArray) -> tuple[float, FloatArray]:
+        log_p_NC = (weights[0] * own_NC + weights[1] * read_NC).log_softmax(-1)
+        error_NC = log_p_NC.exp()
+        error_NC[torch.arange(len(answer_N)), answer_N] -= 1
+        gradient = [float((error_NC * part_NC).sum(1).mean()) for part_NC in (own_NC, read_NC)]
+        loss = -float(log_p_NC.gather(1, answer_N[:, None]).mean())
+        away = weights - start
+        return loss + RIDGE * float(away @ away), np.array(gradient) + 2 * RIDGE * away
 
-    return torch.from_numpy(minimize(loss_and_gradient, [1.0, 0.0], jac=True, method="BFGS").x).float()
+    return torch.from_numpy(minimize(loss_and_gradient, start, jac=True, method="BFGS").x).float()

@@ -35,7 +35,7 @@ from offramp.progress import Bar, bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
 from offramp.splitting import SplitModel, SplitPoint
 from offramp.tasks import Classification
-from offramp.types import CostTable, Records
+from offramp.types import CostTable, Records, version
 
 MIN_WIDTH, MAX_WIDTH = 8, 192
 MAX_TUNE = 50_000  # tune rows that are looked at: the time of every search grows with them, its result hardly changes
@@ -238,13 +238,16 @@ class Candidates:
             self.train_rows,
             seed=self.seed,
             bfloat16=bfloat16,
-            file=self._mixtures_file(bfloat16=bfloat16),
+            known=self._stored_answers(bfloat16=bfloat16),
         )
 
     def mix(self, mixer: Mixer) -> None:
         """Have mixtures for those recipes that want them."""
         with bar("asking about mixtures", mixer.count, show=self.show) as progress:
             self.mixtures = mixer.ask(stopped=lambda: self.stop.requested, progress=progress)
+        if self.workdir is not None and not self.stop.requested:
+            answers = {"logits": self.mixtures.logits_MC}
+            _store(self._answers_file(self.workdir, bfloat16=mixer.bfloat16), answers)
 
     def add(self, cache: Cache, log: TrainingLog) -> None:
         """Judge a cache that has learned by other means than gradient steps, and add it to the candidates."""
@@ -253,6 +256,7 @@ class Candidates:
     def _train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> Trained:
         log = self._training(cache, recipe).run(time_limit_s=limit_s, stop=self.stop, progress=progress)
         self._save(cache, recipe, log)
+        self._blend(cache)
         return self._judge(cache, log)
 
     def _training(self, cache: LearnedCache, recipe: Recipe) -> Training:
@@ -269,17 +273,16 @@ class Candidates:
 
     def _judge(self, cache: Cache, log: TrainingLog) -> Trained:
         """Have the cache say what it says on the rows that judge it, and pick its confidence."""
-        read = None if cache.reads is None else self.named(cache.reads)
-        if isinstance(cache, LearnedCache) and read is not None:
-            self._blend(cache, read)
         logits_NC = self._logits(cache, self.judged_rows)
         trained = Trained(cache, self.position(cache), self.judged_rows, logits_NC, log)
         self._choose_confidence(trained)
         return trained
 
-    def _blend(self, cache: LearnedCache, read: Trained) -> None:
-        """Weigh what the cache says itself and what it reads, on tune rows."""
-        rows = _thinned(self.tune_rows, BLEND_ROWS)
+    def _blend(self, cache: LearnedCache) -> None:
+        """Weigh what the cache says itself and what it reads, if anything, on tune rows."""
+        if cache.reads is None:
+            return
+        read, rows = self.named(cache.reads), _thinned(self.tune_rows, BLEND_ROWS)
         cache.blend = torch.tensor([1.0, 0.0], device=self.split.device)
         own_NC = self._logits(cache, rows)
         read_NC = torch.cat([read.on(part) for part in _chunks(rows)])
@@ -312,7 +315,8 @@ class Candidates:
 
     def records(self, candidates: Sequence[Trained], part: int) -> Records:
         """What these candidates said about the tune or certify rows. On tune a learned selector is cross-fitted: each
-        row is scored by a selector that has not seen it, as any later row will be."""
+        row is scored by a selector that has not seen it, as any later row will be. The two weights of a blend are not:
+        they have seen it."""
         rows = self.tune_rows if part == TUNE else self.certify_rows
         names = [trained.cache.name for trained in candidates]
         confidence, answers, agreement = [], [], []
@@ -363,11 +367,20 @@ class Candidates:
         """Of all train rows, so it takes a while."""
         return self.recording.fingerprint(TRAIN)
 
-    def _mixtures_file(self, *, bfloat16: bool) -> Path | None:
+    def _answers_file(self, workdir: Path, *, bfloat16: bool) -> Path:
+        """Of the backbone about mixtures: these are drawn from the train rows in their order."""
+        digest = hashlib.sha256(self.recording.keys_N[self.train_rows].tobytes())
+        digest.update(f"{self.split.fingerprint} {self.seed} {bfloat16} {version()}".encode())
+        return workdir / f"mixtures_{digest.hexdigest()[:16]}.safetensors"
+
+    def _stored_answers(self, *, bfloat16: bool) -> Tensor | None:
+        """What the backbone said about mixtures in an earlier run; None where there is nothing or it cannot be read."""
         if self.workdir is None:
             return None
-        what = [self.split.fingerprint, self._train_digest, self.seed, bfloat16]
-        return self.workdir / f"mixtures_{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.safetensors"
+        try:
+            return load_file(self._answers_file(self.workdir, bfloat16=bfloat16))["logits"]
+        except (OSError, SafetensorError, KeyError):
+            return None
 
     def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None
@@ -395,19 +408,9 @@ class Candidates:
     def _save(self, cache: LearnedCache, recipe: Recipe, log: TrainingLog) -> None:
         if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
             return
-        file = self._file(cache, recipe)
         state = {name: value.detach().cpu().contiguous() for name, value in cache.state_dict().items()}
         state.pop("blend", None)  # fitted anew, to what it will read then
-        temporary = file.with_suffix(".tmp")
-        try:
-            self.store.mkdir(parents=True, exist_ok=True)
-            save_file(state, temporary, {"log": json.dumps(dataclasses.asdict(log))})
-            temporary.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"could not keep a trained cache in {self.store}: {error}. Free some space, or choose another "
-                "`workdir=`."
-            ) from error
+        _store(self._file(cache, recipe), state, {"log": json.dumps(dataclasses.asdict(log))})
 
     def _load(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None) -> Trained | None:
         """The stored cache, if its training was complete or as long as it would be now."""
@@ -419,7 +422,21 @@ class Candidates:
         ready.load_state_dict(state if ready.blend is None else state | {"blend": ready.blend})
         ready.to(self.split.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ready.requires_grad_(requires_grad=False)
+        self._blend(ready)
         return self._judge(ready, log)
+
+
+def _store(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """All of it or nothing."""
+    temporary = file.with_suffix(".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"could not keep what was learned in {file.parent}: {error}. Free some space, or choose another `workdir=`."
+        ) from error
 
 
 def _of_own(function: Callable[[Tensor], Tensor]) -> OfLogits:

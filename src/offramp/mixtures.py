@@ -16,21 +16,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from offramp.precision import has_fast_bfloat16
 from offramp.progress import Bar
 from offramp.recording import MAX_BATCH, Recording, keeps_answers, takes_images
 from offramp.splitting import SplitModel
-from offramp.state import write_whole
 from offramp.tasks import Classification
 
 PER_ROW, MOST = 2, 100_000  # mixtures per train row, and in all
@@ -82,8 +78,8 @@ def _between(side: int, length_B: Tensor, start_B: Tensor) -> Tensor:
 
 
 class Mixer:
-    """Asks the backbone about mixtures of these recorded rows. bfloat16: it may answer in it. file: keeps what it said
-    about all of them, for a later run that asks about the same."""
+    """Asks the backbone about mixtures of these recorded rows. bfloat16: it may answer in it. known: (M, C) what it
+    said about all of them when it was asked before."""
 
     def __init__(
         self,
@@ -94,10 +90,10 @@ class Mixer:
         *,
         seed: int,
         bfloat16: bool,
-        file: Path | None = None,
+        known: Tensor | None = None,
     ) -> None:
         self._split, self._task, self._recording, self._rows = split, task, recording, rows
-        self._seed, self._bfloat16, self._file = seed, bfloat16, file
+        self._seed, self.bfloat16, self._known = seed, bfloat16, known
 
     @property
     def suits(self) -> bool:
@@ -110,38 +106,27 @@ class Mixer:
         return min(PER_ROW * len(self._rows), MOST)
 
     def ask(self, *, stopped: Callable[[], bool], progress: Bar) -> Mixtures:
-        """`count` mixtures; the backbone is asked about no more of them once the user has stopped it. StorageError
-        where what it said cannot be kept."""
-        if self._kept is not None:
-            return replace(self._drawn, logits_MC=self._kept)
+        """`count` mixtures; the backbone is asked about no more of them once the user has stopped it."""
+        if self._known is not None:
+            progress.advance(self.count)
+            return replace(self._drawn, logits_MC=self._known)
         fast, logits_MC = self._faithful, self._drawn.logits_MC.clone()
         for start in range(0, self.count, MAX_BATCH):
             if stopped():
-                return replace(self._drawn, logits_MC=logits_MC)
+                break
             index_B = np.arange(start, min(start + MAX_BATCH, self.count))
             logits_MC[index_B] = self._logits(self._drawn.images(index_B), bfloat16=fast)
             progress.advance(len(index_B))
-        if self._file is not None:
-            write_whole(self._file, save({"logits": logits_MC}))
         return replace(self._drawn, logits_MC=logits_MC)
 
     def estimated_seconds(self) -> float:
-        """Of `ask`, from one timed batch; 0 where an earlier run has done it."""
-        if self._kept is not None:
+        """Of `ask`, from one timed batch; 0 where it was asked before."""
+        if self._known is not None:
             return 0.0
         fast, some_BCHW = self._faithful, self._drawn.images(self._first)
         started = time.monotonic()
         self._logits(some_BCHW, bfloat16=fast)
         return (time.monotonic() - started) * self.count / len(self._first)
-
-    @cached_property
-    def _kept(self) -> Tensor | None:
-        """(M, C) what the backbone said in an earlier run, if that was kept and can be read."""
-        try:
-            logits_MC = None if self._file is None else load_file(self._file)["logits"]
-        except (OSError, SafetensorError, KeyError):
-            return None
-        return logits_MC if logits_MC is not None and logits_MC.shape == self._drawn.logits_MC.shape else None
 
     @cached_property
     def _drawn(self) -> Mixtures:
@@ -159,7 +144,7 @@ class Mixer:
     @cached_property
     def _faithful(self) -> bool:
         """Whether the backbone keeps its answers in bfloat16, and the hardware multiplies that."""
-        if not self._bfloat16 or not has_fast_bfloat16(self._split.device):
+        if not self.bfloat16 or not has_fast_bfloat16(self._split.device):
             return False
         some_BCHW = self._drawn.images(self._first)
         return keeps_answers(partial(self._logits, some_BCHW), self._task)

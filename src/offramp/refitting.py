@@ -62,7 +62,8 @@ class Continued(Method):
         self.base.learn(candidates, tolerance)
         points = [point.name for point in candidates.points]
         for cache in self.serving:
-            if cache.point not in points or (cache.reads is not None and not candidates.recording.has_inputs):
+            known = {None, *(trained.cache.name for trained in candidates.trained)}
+            if cache.point not in points or cache.reads not in known:
                 continue  # what it reads was not kept
             candidates.add(cache, TrainingLog(steps=0, seconds=0.0, final_loss=math.nan))
 

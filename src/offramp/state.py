@@ -95,10 +95,9 @@ class StateFolder:
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """All of it or nothing, also when the process is killed, in a folder that is made. StorageError where it cannot."""
+    """All of it or nothing, also when the process is killed. StorageError when it cannot be written."""
     new = file.with_name(f"{file.name}.new")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with new.open("wb") as handle:
             handle.write(data)
             handle.flush()

@@ -93,7 +93,7 @@ class LearnedCache(Cache):
         features = self.body.features
         assert isinstance(features, int)
         self.head = nn.Linear(features, classes)
-        self.register_buffer("blend", torch.tensor([1.0, 0.0]) if reads else None)
+        self.register_buffer("blend", None if reads is None else torch.tensor([1.0, 0.0]))
         self.folded = False
 
     def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
