@@ -15,14 +15,17 @@ from typing import Any, Literal
 import models
 import pytest
 import torch
+from test_candidates import POINTS, image_recording, make_candidates
 from torch import Tensor
 
 import offramp
 import offramp.refresh as refresh_module
 from offramp.artifact import load, save
+from offramp.caches import CacheShape
 from offramp.evaluation import evaluate
+from offramp.methods.offramp import Offramp
 from offramp.observing import Observer
-from offramp.refitting import as_stream, old_name, refit, renamed
+from offramp.refitting import Continued, as_stream, old_name, refit, renamed
 from offramp.refresh import CERTIFY, CURRENT, EXAMPLE, JOB, RESULT, TRAIN, Refresh, _store
 from offramp.splitting import split
 from offramp.streams import Batch
@@ -91,6 +94,16 @@ def test_inputs_become_a_stream_as_a_user_would_write_it() -> None:
 def test_old_caches_keep_their_names_and_get_older() -> None:
     assert old_name("input/student16x1") == "input/student16x1@1"
     assert old_name("input/student16x1@1") == "input/student16x1@2"
+
+
+def test_caches_that_serve_join_unless_what_they_read_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = make_candidates(image_recording(40))
+    student = candidates.build(POINTS[0], CacheShape("student", 8))
+    reader, orphan = (candidates.build(POINTS[1], CacheShape("conv", width), student) for width in (8, 16))
+    orphan.reads = "input/student24x1@1"
+    monkeypatch.setattr(Offramp, "learn", lambda *_: None)
+    Continued(base=Offramp(), serving=[student, reader, orphan]).learn(candidates, 0.02)
+    assert [trained.cache.name for trained in candidates.trained] == [student.name, reader.name]
 
 
 @pytest.mark.slow
