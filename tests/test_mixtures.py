@@ -273,9 +273,9 @@ def test_what_was_only_begun_is_not_kept(model: SplitModel, recording: Recording
 
 @pytest.mark.parametrize(
     ("seconds", "mixed"),
-    [(None, True), (1000.0, True), (29.0, False)],  # asking takes 10 of them, the student 20
+    [(None, True), (1000.0, True), (20.5, True), (19.5, False)],  # asking takes 10 of them, half of the student 10
 )
-def test_they_are_asked_for_where_the_student_has_its_full_training_as_well(
+def test_they_are_asked_for_where_the_student_has_half_of_its_training_as_well(
     model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch, seconds: float | None, *, mixed: bool
 ) -> None:
     monkeypatch.setattr(Mixer, "estimated_seconds", lambda self: 10.0)

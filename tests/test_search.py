@@ -26,8 +26,7 @@ from offramp.caches import CacheShape, LearnedCache
 from offramp.candidates import Candidates, Trained
 from offramp.distillation import Recipe, TrainingLog
 from offramp.progress import Bar
-from offramp.recording import TUNE
-from offramp.search import LEAST, MAX_POINTS, MAX_TRUNKS, Search, evenly, first
+from offramp.search import LEAST, MAX_POINTS, Search, evenly, first
 from offramp.splitting import SplitPoint
 
 POINTS = (
@@ -116,7 +115,7 @@ def test_with_ample_time_all_three_rounds_are_trained(rehearsal: Rehearsal, seco
     assert names[: len(STUDENTS)] == STUDENTS
     assert names[len(STUDENTS) :][: len(POOLED)] == POOLED
     trunks = names[len(STUDENTS) + len(POOLED) :]
-    assert 1 <= len(trunks) <= MAX_TRUNKS
+    assert [name.split("/")[0] for name in trunks] == ["block3", "block4"]
     assert trunks == rehearsal.of_kind("conv")
     assert [trained.cache.name for trained in search.candidates.trained] == names
     for name, limit in rehearsal.limits.items():
@@ -156,20 +155,30 @@ def test_the_larger_student_reads_the_smaller_and_later_caches_read_the_reader(
     assert set(rehearsal.reads.values()) == {STUDENTS[1]}
 
 
-def test_trunks_go_where_the_headroom_is(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vector has no room for a convolution; a third point is not tried."""
-    order = [(5, 0.9), (3, 0.8), (1, 0.7), (2, 0.6)]
-    monkeypatch.setattr(Search, "_headroom", lambda self: order)
-    rehearsal.search(None)
-    assert [name.split("/")[0] for name in rehearsal.of_kind("conv")] == ["block3"]
-    order[0] = (4, 0.9)
-    rehearsal.search(None)
-    assert [name.split("/")[0] for name in rehearsal.of_kind("conv")] == ["block4", "block3"], (
-        "the most promising first"
-    )
+@pytest.mark.parametrize(
+    ("depths", "expected"),
+    [
+        ((0.52, 0.62, 0.76), ["block1", "block2"]),  # in the order of TRUNK_DEPTHS: 5/8, 3/4
+        ((0.1, 0.3, 0.52, 0.62, 0.65, 0.76, 0.9), ["block3", "block5"]),
+        ((0.1, 0.4, 0.9), ["block1", "block2"]),
+        ((0.2,), ["block0"]),
+        ((), []),
+    ],
+)
+def test_trunks_are_next_to_their_depths(depths: Sequence[float], expected: Sequence[str]) -> None:
+    """A vector, here next to each of these depths, has no room for a convolution."""
+    order = sorted([*depths, 0.625, 0.75])
+    points = [make_point("input", 0, (1, 8, 8), 0.0)]
+    for position, depth in enumerate(order, start=1):
+        is_map = depth in depths
+        name = f"block{depths.index(depth)}" if is_map else f"vector{position}"
+        points.append(make_point(name, position, (4, 4, 4) if is_map else (6,), depth))
+    search = make_search(tuple(points))
+    assert [cache.point for cache in search._trunks(None)] == expected
+    assert list(make_search(tuple(points), trunks=False)._trunks(None)) == []
 
 
-def test_a_sequence_of_vectors_gets_convolutions_over_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_of_vectors_gets_convolutions_over_its_positions() -> None:
     points = (
         make_point("input", 0, (6,), 0.0),
         make_point("tokens", 1, (5, 16), 0.2),
@@ -179,7 +188,6 @@ def test_a_sequence_of_vectors_gets_convolutions_over_its_positions(monkeypatch:
     search = Search(make_candidates(make_recording(features, np.zeros((20, 4), np.float32)), points), tolerance=0.05)
     over_positions = [cache.point for cache in search._pooled(None) if cache.shape == module.OVER_POSITIONS]
     assert over_positions == ["tokens", "late"]
-    monkeypatch.setattr(Search, "_headroom", lambda self: [(1, 0.5), (0, 0.4)])
     assert list(search._trunks(None)) == [], "these are its trunks"
 
 
@@ -230,15 +238,15 @@ def test_a_second_student_waits_for_a_budget_that_trains_both_in_full(
 
 
 def test_a_student_that_would_be_starved_leaves_its_time_to_pooled_caches(rehearsal: Rehearsal) -> None:
-    """It needs 60 seconds, and of 16 it would have 11, of 12 less than 15 % of 60."""
+    """It needs 60 seconds, and of 16 it would have 11, of 8 less than a tenth of 60."""
     rehearsal.search(16.0)
     assert rehearsal.of_kind("student") == STUDENTS[:1]
     before = sum(limit for name, limit in rehearsal.limits.items() if "student" not in name and limit)
-    rehearsal.search(12.0)
+    rehearsal.search(8.0)
     assert rehearsal.of_kind("student") == []
     pooled = [rehearsal.limits[name] or 0.0 for name in rehearsal.of_kind("mlp", "linear")]
     assert sum(pooled) > before
-    rehearsal.search(12.0, pooled=False)
+    rehearsal.search(8.0, pooled=False)
     assert rehearsal.of_kind("student") == STUDENTS[:1], "where nothing else can be had it is tried all the same"
 
 
@@ -295,10 +303,9 @@ def test_affordable_are_as_many_as_get_their_least(monkeypatch: pytest.MonkeyPat
 
 
 def test_of_trunks_the_most_promising_survives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "_headroom", lambda self: [(1, 0.9), (4, 0.1)])
     rehearsal = Rehearsal(monkeypatch)
     rehearsal.search(16.0)
-    assert [name.split("/")[0] for name in rehearsal.of_kind("conv")] == ["block1"]
+    assert [name.split("/")[0] for name in rehearsal.of_kind("conv")] == ["block3"]
 
 
 # --- students ---------------------------------------------------------------------------------------
@@ -424,38 +431,6 @@ def test_the_reader_is_the_last_student_of_the_best_plan(first_right: Any, secon
 
 def test_without_students_there_is_no_reader() -> None:
     assert make_search()._reader() is None
-
-
-# --- headroom ---------------------------------------------------------------------------------------
-
-
-def test_headroom_ranks_the_point_with_most_to_gain_first() -> None:
-    """Confidences say nothing here, so no plan pays; a cache that knew when it agrees would save what comes after."""
-    search = make_search(rows=1000)
-    random = torch.Generator().manual_seed(3)
-    number_N = torch.arange(1000) // 5
-    rates = {"input": (0, 0.4), "block1": (1, 0.5), "block3": (3, 0.9), "head": (5, 0.8)}
-    told: dict[str, Trained] = {}
-    agrees: dict[str, float] = {}
-    for name, (position, rate) in rates.items():
-        right_N = torch.rand(200, generator=random)[number_N] < rate
-        agrees[name] = float(right_N[search.candidates.recording.index(TUNE)].double().mean())
-        told[name] = say(search.candidates, position, right_where(search, right_N), sure_N=torch.full((1000,), 0.5))
-    worse_N = torch.rand(200, generator=random)[number_N] < 0.3
-    shape = CacheShape("mlp", 8)
-    say(search.candidates, 3, right_where(search, worse_N), shape=shape, sure_N=torch.full((1000,), 0.5))
-    found = search._headroom()
-    by_hand = {}
-    for name in ("block1", "block3", "head"):
-        costs = search.candidates.estimated_costs([told[name]])
-        by_hand[told[name].position] = agrees[name] * (1 - costs.before_K[0]) - costs.cache_K[0]
-    assert [position for position, _ in found] == sorted(by_hand, key=lambda position: -by_hand[position])
-    assert [position for position, _ in found] == [1, 3, 5]
-    assert dict(found) == pytest.approx(by_hand, abs=0.01)
-
-
-def test_there_is_no_headroom_before_anything_is_trained() -> None:
-    assert make_search()._headroom() == []
 
 
 # --- even choices -----------------------------------------------------------------------------------

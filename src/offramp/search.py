@@ -5,11 +5,12 @@
                token ids none where the backbone's own vectors come almost free: a student would not learn better ones.
     pooled     probes on the pooled activation of every split point: cheap, and enough late in the backbone. In
                sequences the order of the positions counts, hence a small convolution over them.
-    trunks     convolutional caches on the feature maps where a perfectly informed cache would save most (`_headroom`).
+    trunks     convolutional caches on feature maps of the backbone's second half. Before it they know no more than the
+               student, at its end pooled caches know as much (docs/experiments.md).
 
-Later caches read the logits of the student that the best plan so far ends with. What is enabled in the end is decided
-elsewhere (`placement`), jointly with the thresholds; a cache trained in vain costs nothing at run time. When time is
-short, fewer caches are trained, each for long enough, rather than all of them for too short.
+Later caches read the logits of the student that the best plan so far ends with (`offramp.blending`). What is enabled in
+the end is decided elsewhere (`placement`), jointly with the thresholds; a cache trained in vain costs nothing at run
+time. When time is short, fewer caches are trained, each for long enough, rather than all of them for too short.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ Choice = Callable[[list[LearnedCache], int], list[LearnedCache]]
 
 STUDENT_SHARES = (0.06, 0.12)  # of the backbone's FLOPs
 STUDENT_TEMPERATURE = 4.0  # softer than for pooled caches, which gain nothing by it
-TRUNK_SHARE = 0.015
-MAX_TRUNKS = 2
+TRUNK_SHARE, OF_WHAT_IS_LEFT = 0.015, 0.04  # of the backbone's FLOPs, and of those that a hit saves
+TRUNK_DEPTHS = (5 / 8, 3 / 4)  # the shares of the backbone's FLOPs next to which they are, the better first
 MAX_POINTS = 12  # split points that get pooled caches
 OVER_POSITIONS = CacheShape("layers", convolutions=((64, 3, 1), (64, 1, 1)), hidden=(128,))
 POOLED_TIME, TRUNK_TIME = 0.15, 0.15  # of the training time, at most, where students are to be trained as well
 # Of their full training that caches have to get to be worth beginning. One student trained to the end saves more than
 # two that are not (docs/experiments.md), so a second one waits for a budget that trains both in full.
 LEAST, LEAST_STUDENTS = 0.5, 1.0
-STARVED = 0.15  # of its full training: a student that cannot have so much is not begun where pooled caches can be had
+MIXED = 0.5  # of its full training: what a student has to get beside mixtures for these to be worth asking about
+STARVED = 0.1  # of its full training: a student that cannot have so much is not begun where pooled caches can be had
 
 
 class Search:
@@ -111,12 +113,12 @@ class Search:
 
     def _after_mixing(self, students: list[LearnedCache], limit_s: float | None) -> float | None:
         """What is left of the time for students once there are mixtures: none are asked for where the smallest student
-        could not have its full training as well."""
+        could not have `MIXED` of its full training as well."""
         mixer = self.candidates.mixer(bfloat16=self.bfloat16)
         if not students or not self.mixtures or not mixer.suits:
             return limit_s
         if limit_s is not None:
-            spare_s = limit_s - self._seconds(students[0])
+            spare_s = limit_s - MIXED * self._seconds(students[0])
             if spare_s < 0 or mixer.estimated_seconds() > spare_s:  # in this order: the estimate runs the backbone
                 return limit_s
         started = time.monotonic()
@@ -144,36 +146,15 @@ class Search:
                 yield self.candidates.build(point, CacheShape("linear"), reads)
 
     def _trunks(self, reader: Trained | None) -> Iterator[LearnedCache]:
-        for position, _ in self._headroom()[:MAX_TRUNKS] if self.trunks else ():
+        maps = [point for point in self.split.points[1:] if len(point.shape) == 3 and point.dtype.is_floating_point]
+        if not self.trunks or not maps:
+            return
+        nearest = [min(maps, key=lambda point: abs(point.depth - depth)).position for depth in TRUNK_DEPTHS]
+        for position in dict.fromkeys(nearest):
             point = self.split.points[position]
-            if len(point.shape) != 3 or not point.dtype.is_floating_point:
-                continue
-            shape = self.candidates.widest(point, "conv", min(TRUNK_SHARE, 0.1 * (1 - point.depth)))
+            shape = self.candidates.widest(point, "conv", min(TRUNK_SHARE, OF_WHAT_IS_LEFT * (1 - point.depth)))
             if shape is not None:
                 yield self.candidates.build(point, shape, None if reader is None else reader.cache)
-
-    def _headroom(self) -> list[tuple[int, float]]:
-        """(position, saving) of the split points after the input, most promising first: what the best plan would
-        gain if the cache there knew exactly when it agrees. An upper bound, good enough to rank."""
-        if not self.candidates.trained:
-            return []
-        base = self._best_cost(None)
-        gains: dict[int, float] = {}
-        for k, trained in enumerate(self.candidates.ordered()):
-            if trained.position:
-                gain = base - self._best_cost(k)
-                gains[trained.position] = max(gain, gains.get(trained.position, -1.0))
-        return sorted(gains.items(), key=lambda item: -item[1])
-
-    def _best_cost(self, oracle: int | None) -> float:
-        """Cost of the best plan on tune at the tolerance; cache number `oracle` is taken to know when it agrees."""
-        ordered = self.candidates.ordered()
-        records = self.candidates.records(ordered, TUNE)
-        if oracle is not None:
-            confidence_NK = records.confidence_NK.copy()
-            confidence_NK[:, oracle] = records.agreement_NK[:, oracle]
-            records = dataclasses.replace(records, confidence_NK=confidence_NK)
-        return plan_path(records, self.candidates.estimated_costs(ordered), self.tolerance, prices=20)[-1].cost
 
     def _reader(self) -> Trained | None:
         """The student that later caches read: the last one in the best plan of students alone."""
@@ -196,7 +177,8 @@ class Search:
             return Recipe(rows=int(np.clip(30 * n, 20_000, 600_000)), batch_size=min(256, max(16, n // 8)))
         if kind == "layers":
             return Recipe(rows=int(np.clip(8 * n, 20_000, 400_000)), batch_size=min(64, max(16, n // 8)))
-        rows = int(np.clip(40 * n, 30_000, 1_500_000 if position == 0 else 400_000))
+        passes, most = (40, 400_000) if position else (60, 3_000_000)
+        rows = int(np.clip(passes * n, 30_000, most))
         recipe = Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
         if position:
             return recipe
