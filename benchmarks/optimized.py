@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", help="(default: all that are here)")
     parser.add_argument("--time-budget", type=float, default=1000, help="seconds for the fit (default 1000)")
     parser.add_argument("--latency-budget", type=float, default=20, help="seconds per batch size (default 20)")
+    parser.add_argument("--workdir", type=Path, help="go on from what an interrupted fit has left here")
     parser.add_argument("--fitted", type=Path, help="keep the fitted model in this folder, and take it from there")
     parser.add_argument("--quick", action="store_true", help="few inputs, little time: does it run at all?")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
@@ -76,10 +77,16 @@ class Parts:
         return cls(setup.train, *(fresh.rows(slice(a, b)) for a, b in itertools.pairwise(ends)))
 
 
-def fitted(backbone: torch.nn.Module, parts: Parts, folder: Path, budget_s: float) -> CachedModel:
+def fitted(backbone: torch.nn.Module, parts: Parts, folder: Path, options: argparse.Namespace) -> CachedModel:
     if not folder.exists():
         cached = offramp.fit(
-            backbone, parts.train, certify=parts.certify, tolerance=TOLERANCE, time_budget_s=budget_s, progress=False
+            backbone,
+            parts.train,
+            certify=parts.certify,
+            tolerance=TOLERANCE,
+            time_budget_s=options.time_budget,
+            progress=False,
+            workdir=options.workdir,
         )
         offramp.save(cached, folder)
     return offramp.load(folder, backbone)
@@ -215,7 +222,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.fitted or Path(temporary, "cached")
-        cached = fitted(backbone, parts, folder, options.time_budget)
+        cached = fitted(backbone, parts, folder, options)
         for precision in options.precisions:
             rows.append(row(cached, parts, precision, options))
             print(tables(rows))
