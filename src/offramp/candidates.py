@@ -245,7 +245,7 @@ class Candidates:
         """Have mixtures for those recipes that want them."""
         with bar("asking about mixtures", mixer.count, show=self.show) as progress:
             self.mixtures = mixer.ask(stopped=lambda: self.stop.requested, progress=progress)
-        if self.workdir is not None and not self.stop.requested:
+        if self.workdir is not None and mixer.known is None and not self.stop.requested:
             answers = {"logits": self.mixtures.logits_MC}
             _store(self._answers_file(self.workdir, bfloat16=mixer.bfloat16), answers)
 

@@ -93,7 +93,7 @@ class Mixer:
         known: Tensor | None = None,
     ) -> None:
         self._split, self._task, self._recording, self._rows = split, task, recording, rows
-        self._seed, self.bfloat16, self._known = seed, bfloat16, known
+        self._seed, self.bfloat16, self.known = seed, bfloat16, known
 
     @property
     def suits(self) -> bool:
@@ -107,9 +107,9 @@ class Mixer:
 
     def ask(self, *, stopped: Callable[[], bool], progress: Bar) -> Mixtures:
         """`count` mixtures; the backbone is asked about no more of them once the user has stopped it."""
-        if self._known is not None:
+        if self.known is not None:
             progress.advance(self.count)
-            return replace(self._drawn, logits_MC=self._known)
+            return replace(self._drawn, logits_MC=self.known)
         fast, logits_MC = self._faithful, self._drawn.logits_MC.clone()
         for start in range(0, self.count, MAX_BATCH):
             if stopped():
@@ -121,7 +121,7 @@ class Mixer:
 
     def estimated_seconds(self) -> float:
         """Of `ask`, from one timed batch; 0 where it was asked before."""
-        if self._known is not None:
+        if self.known is not None:
             return 0.0
         fast, some_BCHW = self._faithful, self._drawn.images(self._first)
         started = time.monotonic()
