@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.caches import CacheShape, LearnedCache, build_cache, reduction_for
@@ -297,3 +298,11 @@ def test_convolutions_need_positions() -> None:
 def test_labels_of_published_shapes_tell_them_apart() -> None:
     expected = ["layers", "layers-1024", "layers-pool64-32", "layers-32k3s1-64k5s2-64-32", "conv1d3x1", "conv1d4x2"]
     assert [shape.label for shape in PUBLISHED] == expected
+
+
+@pytest.mark.parametrize("side", [8, 12, 7])
+def test_a_map_is_pooled_to_the_means_of_its_cells(side: int) -> None:
+    x = torch.randn(2, 600, side, side)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        pooled = Reduction(2)(x.to(memory_format=layout))
+        torch.testing.assert_close(pooled.float(), F.adaptive_avg_pool2d(x, 2), rtol=1e-3, atol=1e-3)

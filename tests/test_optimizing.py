@@ -154,6 +154,32 @@ def test_every_part_runs_on_the_fastest_back_end_and_answers_as_before(fake: Fak
     assert (cached.plan, cached.split_model.stages) == before, "the model that it was made of is as it was"
 
 
+@pytest.mark.parametrize(
+    ("threads", "full_on", "part_on"), [(2, "fake", "fake"), (1, "fake", "eager"), (2, "eager", "eager")]
+)
+def test_for_one_row_no_part_wakes_the_threads_of_torch_where_the_full_model_does_not(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, threads: int, full_on: str, part_on: str
+) -> None:
+    """Eager is faster for the parts by themselves here, for one row and for many."""
+    names: list[str] = []
+
+    def timed(built: Sequence[Any], inputs: tuple[Tensor, ...], rows: int) -> dict[tuple[str, str], float]:
+        winner = full_on if len(names) < 2 else "eager"
+        names.append(winner)
+        return {other.kind: 1.0 if other.backend == winner else 1.5 for other in built}
+
+    monkeypatch.setattr(parts, "_timed", timed)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    told = run(make()).summary["optimized"]["parts"]
+    where = {(one["part"] == "full model", one["rows"]): one["backend"] for one in told}
+    assert where == {
+        (True, 1): full_on,
+        (True, 32): full_on,
+        (False, 1): part_on,
+        (False, 32): "eager",
+    }
+
+
 def test_how_the_full_model_did_on_each_back_end_is_told(fake: Fake) -> None:
     fake.wrong["int8"] = lambda x: somewhere(0.02)(x) & (x.shape[1] == 6)
     eager, exact, low = run(make(), precision="int8").summary["optimized"]["full_model"]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from offramp.backends import Backend, Difference, backend_named, compare
@@ -39,6 +40,9 @@ COMPARED_ROWS = 4  # that are compared one by one
 # Times the fastest: where the full model takes longer, for one row and for many, its parts are not built. Building
 # takes most of the time of an optimization, and a runtime that is far behind on the whole has not won a stage of it.
 FAR_BEHIND = 2.0
+# Torch's own threads keep the cores busy for milliseconds after each call and slow down what another runtime does next.
+# For one row that is more than a part takes, and a race between parts by themselves does not see it.
+SPINNING = frozenset({EAGER, "compile", "aotinductor"})
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,7 @@ class Race:
             for backend, precision in itertools.product(filter(self._is_here, backends), precisions)
             if precision in backend.precisions and (backend.name, precision) != (EAGER, FLOAT32)
         ]
+        self._quiet = False  # whether parts for one row leave torch's threads asleep, as the full model does there
         self._parts: dict[str, PlacedPart] = {}
 
     def _is_here(self, backend: Backend) -> bool:
@@ -256,8 +261,10 @@ class Race:
             built = list(self._built(name, module, inputs))
             times = {rows: _timed(built, inputs, rows) for rows in (ONE, MANY)}
             exact = [other for other in built if other.precision == FLOAT32]
-            self._parts[name] = dataclasses.replace(_won(name, built, times), in_float32=_won(name, exact, times))
+            won = functools.partial(_won, name, times=times, quiet=self._quiet)
+            self._parts[name] = dataclasses.replace(won(built), in_float32=won(exact))
             if name == FULL:
+                self._quiet = _on_several_cores(inputs) and self._parts[name].choices[0].backend not in SPINNING
                 self.full_model = [_tried(other, *times.values()) for other in built]
                 self._leave_out_slow(times)
         return self._parts[name]
@@ -349,10 +356,18 @@ def _tried(built: _Built, one: Mapping[tuple[str, str], float], many: Mapping[tu
     return Tried(*built.kind, one[built.kind], many[built.kind], built.difference, built.disagreement)
 
 
-def _won(name: str, built: Sequence[_Built], times: Mapping[int, Mapping[tuple[str, str], float]]) -> PlacedPart:
+def _on_several_cores(inputs: Sequence[Tensor]) -> bool:
+    return inputs[0].device.type == "cpu" and torch.get_num_threads() > 1
+
+
+def _won(
+    name: str, built: Sequence[_Built], times: Mapping[int, Mapping[tuple[str, str], float]], *, quiet: bool
+) -> PlacedPart:
+    """The fastest for one row, of those whose threads are `quiet` afterwards where there are any, and for many."""
     fastest, choices = [], []
     for rows, ms in times.items():
-        best = min(built, key=lambda other: ms[other.kind])
+        asleep = [other for other in built if other.backend not in SPINNING] if quiet and rows == ONE else []
+        best = min(asleep or built, key=lambda other: ms[other.kind])
         choices.append(Choice(name, rows, *best.kind, ms[best.kind], ms[EAGER, FLOAT32], best.difference))
         fastest.append(best)
     return PlacedPart(Fastest(fastest[0].one, fastest[1].many), tuple(choices))

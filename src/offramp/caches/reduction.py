@@ -35,7 +35,7 @@ class Reduction:
 
     def _pool(self, activation: Tensor) -> Tensor:
         if self.grid and activation.ndim == 4:
-            return F.adaptive_avg_pool2d(activation, self.grid)
+            return _pool_map(activation, self.grid)
         if self.grid and activation.ndim == 5:
             return F.adaptive_avg_pool3d(activation, self.grid)
         if self.grid and activation.ndim == 3:
@@ -43,6 +43,16 @@ class Reduction:
             pooled = F.adaptive_avg_pool1d(activation.transpose(1, 2), self.grid).transpose(1, 2)
             return torch.cat([activation[:, :1], pooled], dim=1)
         return activation
+
+
+def _pool_map(map_BFHW: Tensor, grid: int) -> Tensor:
+    """(B, F, grid, grid) means. Torch's own pooling wakes all of its threads however small the map is, and they keep
+    the cores busy for milliseconds afterwards, when another runtime may be next (docs/experiments.md)."""
+    height, width = map_BFHW.shape[-2:]
+    if height % grid or width % grid:
+        return F.adaptive_avg_pool2d(map_BFHW, grid)
+    cells: Tensor = map_BFHW.unflatten(-1, (grid, width // grid)).unflatten(-3, (grid, height // grid))
+    return cells.mean((-3, -1))
 
 
 def reduction_for(shape: tuple[int, ...], *, is_input: bool) -> Reduction:
