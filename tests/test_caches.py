@@ -300,9 +300,9 @@ def test_labels_of_published_shapes_tell_them_apart() -> None:
     assert [shape.label for shape in PUBLISHED] == expected
 
 
-@pytest.mark.parametrize("side", [8, 12, 7])
-def test_a_map_is_pooled_to_the_means_of_its_cells(side: int) -> None:
-    x = torch.randn(2, 600, side, side)
+@pytest.mark.parametrize("sides", [(8, 8), (6, 12), (7, 7), (6, 9)])
+def test_a_map_is_pooled_to_the_means_of_its_cells(sides: tuple[int, int]) -> None:
+    x = torch.randn(2, 600, *sides)
     for layout in (torch.contiguous_format, torch.channels_last):
         pooled = Reduction(2)(x.to(memory_format=layout))
         torch.testing.assert_close(pooled.float(), F.adaptive_avg_pool2d(x, 2), rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from test_candidates import candidates_of, image_recording, make_costs
 from test_distillation import Ticks
 from torch import Tensor, nn
@@ -242,6 +244,8 @@ def test_a_fit_in_a_workdir_asks_once(
     assert again.mixtures is not None
     assert torch.equal(first.mixtures.logits_MC, again.mixtures.logits_MC)
     assert np.array_equal(first.mixtures.pair_M2, again.mixtures.pair_M2)
+    save_file({"logits": first.mixtures.logits_MC[1:].clone()}, file)
+    assert again.mixer(bfloat16=True).estimated_seconds() > 0, "of other mixtures: asked again"
     file.write_bytes(file.read_bytes()[:50])
     assert again.mixer(bfloat16=True).estimated_seconds() > 0, "damaged: asked again"
 
@@ -282,10 +286,24 @@ def test_they_are_asked_for_where_the_student_has_half_of_its_training_as_well(
     monkeypatch.setattr(Candidates, "seconds_for", lambda self, cache, recipe: 20.0)
     search = Search(candidates(model, recording), tolerance=0.05)
     student = search.candidates.build(model.points[0], CacheShape("student", 8))
-    left = search._after_mixing([student], seconds)
+    left = search._after_mixing(search._mixer([student]), [student], seconds)
     assert (search.candidates.mixtures is not None) is mixed
     assert search.recipe(student).mixtures is mixed
     assert left == seconds or (mixed and left is not None and seconds is not None and left < seconds)
+
+
+def test_what_an_earlier_run_has_asked_is_there_before_trainings_are_estimated(
+    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a student which that run has trained on mixtures is found, however little time there is now."""
+    for asked_before in (False, True):
+        search = Search(candidates(model, recording, workdir=tmp_path), tolerance=0.05)
+        monkeypatch.setattr(Candidates, "seconds_for", lambda self, cache, recipe: 100.0)
+        monkeypatch.setattr(Candidates, "train_round", lambda *_: None)
+        search.candidates.deadline = time.monotonic() + 2
+        search.run()
+        assert (search.candidates.mixtures is not None) is asked_before
+        search.candidates.mix(search.candidates.mixer(bfloat16=True))
 
 
 def test_without_students_and_where_they_are_not_wanted_nothing_is_asked(
@@ -295,7 +313,8 @@ def test_without_students_and_where_they_are_not_wanted_nothing_is_asked(
     student = unwanted.candidates.build(model.points[0], CacheShape("student", 8))
     wanted = Search(candidates(model, recording), tolerance=0.05)
     for search, students in ((unwanted, [student]), (wanted, [])):
-        assert search._after_mixing(students, None) is None
+        assert search._mixer(students) is None
+        assert search._after_mixing(None, students, None) is None
         assert search.candidates.mixtures is None
 
 

@@ -155,18 +155,19 @@ def test_every_part_runs_on_the_fastest_back_end_and_answers_as_before(fake: Fak
 
 
 @pytest.mark.parametrize(
-    ("threads", "full_on", "part_on"), [(2, "fake", "fake"), (1, "fake", "eager"), (2, "eager", "eager")]
+    ("threads", "full_on", "slower_ms", "part_on"),
+    [(2, "fake", 0.5, "fake"), (2, "fake", 9.0, "eager"), (1, "fake", 0.5, "eager"), (2, "eager", 0.5, "eager")],
 )
-def test_for_one_row_no_part_wakes_the_threads_of_torch_where_the_full_model_does_not(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch, threads: int, full_on: str, part_on: str
+def test_for_one_row_a_part_wakes_the_threads_of_torch_only_where_that_pays(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, threads: int, full_on: str, slower_ms: float, part_on: str
 ) -> None:
     """Eager is faster for the parts by themselves here, for one row and for many."""
-    names: list[str] = []
+    timed_parts: list[str] = []
 
     def timed(built: Sequence[Any], inputs: tuple[Tensor, ...], rows: int) -> dict[tuple[str, str], float]:
-        winner = full_on if len(names) < 2 else "eager"
-        names.append(winner)
-        return {other.kind: 1.0 if other.backend == winner else 1.5 for other in built}
+        winner = full_on if len(timed_parts) < 2 else "eager"
+        timed_parts.append(winner)
+        return {other.kind: 1.0 if other.backend == winner else 1.0 + slower_ms for other in built}
 
     monkeypatch.setattr(parts, "_timed", timed)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -178,6 +179,15 @@ def test_for_one_row_no_part_wakes_the_threads_of_torch_where_the_full_model_doe
         (False, 1): part_on,
         (False, 32): "eager",
     }
+
+
+def test_a_cut_that_the_cheapest_plan_does_not_use_is_not_made(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here both caches are said to be worth their cuts, and the later one knows nothing that the earlier does not."""
+    monkeypatch.setattr(optimizing, "worthwhile", lambda records, costs, tolerance: [one.name for one in costs.caches])
+    optimized = run(make())
+    assert [cache.name for cache in optimized.plan.caches] == ["early"]
+    told = {one["part"] for one in optimized.summary["optimized"]["parts"]}
+    assert told == {"full model", "input to 1", "cache early", "1 to the end"}
 
 
 def test_how_the_full_model_did_on_each_back_end_is_told(fake: Fake) -> None:

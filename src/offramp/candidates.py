@@ -122,7 +122,8 @@ class Candidates:
     def build(self, point: SplitPoint, shape: CacheShape, reads: Cache | None = None) -> LearnedCache:
         """A fresh cache of this shape; its initial weights depend on the seed and its name alone.
 
-        reads: an earlier candidate, whose logits it sees as well. InputError where a request meets that one later.
+        reads: an earlier candidate, with whose logits its own will be blended. InputError where a request meets that
+        one later.
         """
         if reads is not None and self.position(reads) > point.position:
             raise InputError(f"a cache at {point.name} was to read {reads.name}, which comes only after it")

@@ -93,7 +93,8 @@ class Mixer:
         known: Tensor | None = None,
     ) -> None:
         self._split, self._task, self._recording, self._rows = split, task, recording, rows
-        self._seed, self.bfloat16, self.known = seed, bfloat16, known
+        self._seed, self.bfloat16 = seed, bfloat16
+        self.known = known if known is not None and len(known) == self.count else None
 
     @property
     def suits(self) -> bool:

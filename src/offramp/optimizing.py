@@ -290,15 +290,19 @@ class _Job:
 
     def tuned(self, race: Race) -> _Tuned:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
-        names = [planned.name for planned in self.base.plan.caches]
+        names, tolerance = [planned.name for planned in self.base.plan.caches], self.base.certificate.tolerance
         layout, costs, records = self._observed(names, race)
-        kept = [] if records is None else worthwhile(records, costs, self.base.certificate.tolerance)
-        if len(kept) < len(names):
-            layout, costs, records = self._observed(kept, race)
-        if records is None:
-            return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
-        reach = PATH_REACH * self.base.certificate.tolerance
-        return _Tuned(layout, costs, plan_path(records, CacheCosts(*shares(costs)), reach))
+        kept = [] if records is None else worthwhile(records, costs, tolerance)
+        while True:
+            if len(kept) < len(names):
+                names = kept
+                layout, costs, records = self._observed(names, race)
+            if records is None:
+                return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
+            path = plan_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance)
+            kept = _used(layout, path, tolerance)  # with other cuts other caches pay
+            if not kept or len(kept) == len(names):
+                return _Tuned(layout, costs, path)
 
     def _observed(self, names: Sequence[str], race: Race) -> tuple[Layout, CostTable, Records | None]:
         """What these caches say of the tune rows, one at a time; None where there are no caches."""
@@ -359,6 +363,13 @@ class _Job:
         """The full model alone, where the plan has turned out to be empty."""
         layout = layout.without_caches(in_float32=in_float32)
         return _Setting(layout, _costs(self.base, layout), plan, certificate)
+
+
+def _used(layout: Layout, path: Sequence[Candidate], tolerance: float) -> list[str]:
+    """The caches that answer in the cheapest plan within the tolerance, and those that they read."""
+    cheapest = [plan for plan in path if plan.disagreement <= tolerance][-1]
+    pairs = zip(layout.caches, cheapest.thresholds_K, strict=True)
+    return [cache.name for cache, threshold in pairs if np.isfinite(threshold)]
 
 
 def _plan(cached: CachedModel, layout: Layout, candidate: Candidate, advice: str) -> Plan:

@@ -42,7 +42,7 @@ COMPARED_ROWS = 4  # that are compared one by one
 FAR_BEHIND = 2.0
 # Torch's own threads keep the cores busy for milliseconds after each call and slow down what another runtime does next.
 # For one row that is more than a part takes, and a race between parts by themselves does not see it.
-SPINNING = frozenset({EAGER, "compile", "aotinductor"})
+SPINNING, SPIN_MS = frozenset({EAGER, "compile", "aotinductor"}), 5.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ class _Built:
 
 
 class Race:
-    """Builds every part on every back end, and keeps the fastest. A part that was built is not built again.
+    """Builds every part on every back end, and keeps the fastest, spinning included. A part that was built is not built
+    again.
 
     `left_out` says what was not taken, and why; `full_model`, how the full model did on each back end. A precision in
     which it differs from the backbone on more of the sample than `tolerance` is left out of all parts, and so is a back
@@ -363,11 +364,11 @@ def _on_several_cores(inputs: Sequence[Tensor]) -> bool:
 def _won(
     name: str, built: Sequence[_Built], times: Mapping[int, Mapping[tuple[str, str], float]], *, quiet: bool
 ) -> PlacedPart:
-    """The fastest for one row, of those whose threads are `quiet` afterwards where there are any, and for many."""
+    """The fastest for one row and for many; `quiet`: one that spins has to win one row by more than its spinning."""
     fastest, choices = [], []
     for rows, ms in times.items():
-        asleep = [other for other in built if other.backend not in SPINNING] if quiet and rows == ONE else []
-        best = min(asleep or built, key=lambda other: ms[other.kind])
+        spin_ms = SPIN_MS if quiet and rows == ONE else 0.0
+        best = min(built, key=lambda other: ms[other.kind] + spin_ms * (other.backend in SPINNING))
         choices.append(Choice(name, rows, *best.kind, ms[best.kind], ms[EAGER, FLOAT32], best.difference))
         fastest.append(best)
     return PlacedPart(Fastest(fastest[0].one, fastest[1].many), tuple(choices))

@@ -61,11 +61,12 @@ class Continued(Method):
     def learn(self, candidates: Candidates, tolerance: float) -> None:
         self.base.learn(candidates, tolerance)
         points = [point.name for point in candidates.points]
+        known: set[str | None] = {None, *(trained.cache.name for trained in candidates.trained)}
         for cache in self.serving:
-            known = {None, *(trained.cache.name for trained in candidates.trained)}
             if cache.point not in points or cache.reads not in known:
-                continue  # what it reads was not kept
+                continue  # its activations, or what it reads, were not kept
             candidates.add(cache, TrainingLog(steps=0, seconds=0.0, final_loss=math.nan))
+            known.add(cache.name)
 
     def thresholds(self, records: Records, costs: CacheCosts, tolerance: float) -> Thresholds:
         return self.base.thresholds(records, costs, tolerance)

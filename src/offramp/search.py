@@ -1,4 +1,4 @@
-"""Which caches are worth training, in three rounds, each informed by the one before.
+"""Which caches are worth training, in three rounds.
 
     students   networks with their own trunk on the raw input, priced at a few percent of the backbone. Early caches
                need capacity: they bring most of the saving (docs/experiments.md). The larger reads the smaller one. For
@@ -26,6 +26,7 @@ from offramp.augment import is_image
 from offramp.caches import CacheShape, LearnedCache
 from offramp.candidates import Candidates, Trained
 from offramp.distillation import Recipe
+from offramp.mixtures import Mixer
 from offramp.placement import plan_path
 from offramp.recording import TUNE
 from offramp.splitting import SplitPoint
@@ -36,7 +37,7 @@ Choice = Callable[[list[LearnedCache], int], list[LearnedCache]]
 STUDENT_SHARES = (0.06, 0.12)  # of the backbone's FLOPs
 STUDENT_TEMPERATURE = 4.0  # softer than for pooled caches, which gain nothing by it
 TRUNK_SHARE, OF_WHAT_IS_LEFT = 0.015, 0.04  # of the backbone's FLOPs, and of those that a hit saves
-TRUNK_DEPTHS = (5 / 8, 3 / 4)  # the shares of the backbone's FLOPs next to which they are, the better first
+TRUNK_DEPTHS, TRUNKS_FROM = (5 / 8, 3 / 4), 1 / 2  # the shares of its FLOPs next to which they are, the better first
 MAX_POINTS = 12  # split points that get pooled caches
 OVER_POSITIONS = CacheShape("layers", convolutions=((64, 3, 1), (64, 1, 1)), hidden=(128,))
 POOLED_TIME, TRUNK_TIME = 0.15, 0.15  # of the training time, at most, where students are to be trained as well
@@ -77,9 +78,12 @@ class Search:
     def run(self) -> None:
         """Ends early, with what there is, when the user stops it."""
         students, time_left = list(self._students()), self.candidates.time_left
+        mixer = self._mixer(students)
+        if mixer is not None and mixer.known is not None:  # an earlier run has asked
+            self.candidates.mix(mixer)
         pooled_s = trunks_s = students_s = None
         if time_left is not None:
-            trunks_s = TRUNK_TIME * time_left
+            trunks_s = min(TRUNK_TIME * time_left, sum(map(self._seconds, self._trunks(None))))
             pooled_s = min(
                 POOLED_TIME * time_left if students else time_left - trunks_s,
                 sum(map(self._seconds, self._pooled(None))),
@@ -87,7 +91,7 @@ class Search:
             students_s = time_left - pooled_s - trunks_s
             if students and self.pooled and STARVED * self._seconds(students[0]) > students_s:
                 students, pooled_s = [], time_left - trunks_s
-        students_s = self._after_mixing(students, students_s)
+        students_s = self._after_mixing(mixer, students, students_s)
         self._round("students", self._affordable(students, students_s, first), students_s)
         reader = self._reader()
         self._round("pooled", self._affordable(list(self._pooled(reader)), pooled_s, evenly), pooled_s)
@@ -111,11 +115,17 @@ class Search:
             previous = self.candidates.build(point, shape, previous)
             yield previous
 
-    def _after_mixing(self, students: list[LearnedCache], limit_s: float | None) -> float | None:
+    def _mixer(self, students: list[LearnedCache]) -> Mixer | None:
+        """What makes mixtures for these students, where they can have any."""
+        if not students or not self.mixtures:
+            return None
+        mixer = self.candidates.mixer(bfloat16=self.bfloat16)
+        return mixer if mixer.suits else None
+
+    def _after_mixing(self, mixer: Mixer | None, students: list[LearnedCache], limit_s: float | None) -> float | None:
         """What is left of the time for students once there are mixtures: none are asked for where the smallest student
         could not have `MIXED` of its full training as well."""
-        mixer = self.candidates.mixer(bfloat16=self.bfloat16)
-        if not students or not self.mixtures or not mixer.suits:
+        if mixer is None or not students or self.candidates.mixtures is not None:
             return limit_s
         if limit_s is not None:
             spare_s = limit_s - MIXED * self._seconds(students[0])
@@ -146,7 +156,8 @@ class Search:
                 yield self.candidates.build(point, CacheShape("linear"), reads)
 
     def _trunks(self, reader: Trained | None) -> Iterator[LearnedCache]:
-        maps = [point for point in self.split.points[1:] if len(point.shape) == 3 and point.dtype.is_floating_point]
+        late = [point for point in self.split.points[1:] if point.depth >= TRUNKS_FROM]
+        maps = [point for point in late if len(point.shape) == 3 and point.dtype.is_floating_point]
         if not self.trunks or not maps:
             return
         nearest = [min(maps, key=lambda point: abs(point.depth - depth)).position for depth in TRUNK_DEPTHS]
@@ -177,7 +188,7 @@ class Search:
             return Recipe(rows=int(np.clip(30 * n, 20_000, 600_000)), batch_size=min(256, max(16, n // 8)))
         if kind == "layers":
             return Recipe(rows=int(np.clip(8 * n, 20_000, 400_000)), batch_size=min(64, max(16, n // 8)))
-        passes, most = (40, 400_000) if position else (60, 3_000_000)
+        passes, most = {"student": (60, 3_000_000), "transformer": (40, 1_500_000)}.get(kind, (40, 400_000))
         rows = int(np.clip(passes * n, 30_000, most))
         recipe = Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
         if position:
