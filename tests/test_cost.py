@@ -426,7 +426,7 @@ def test_a_real_split_and_real_caches_can_be_measured() -> None:
     second = LearnedCache("b", point.name, shape, point.shape, CLASSES, reduction=Reduction(), reads="a")
     table = measure(split_model, batch_sizes=(1, 8), budget_s=0)
     table = measure_caches(table, split_model, [first, second], budget_s=0)
-    assert [cache.flops for cache in table.caches] == [2 * 6 * CLASSES, 2 * (point.shape[0] + CLASSES) * CLASSES]
+    assert [cache.flops for cache in table.caches] == [2 * 6 * CLASSES, 2 * point.shape[0] * CLASSES]
     assert table.backbone.flops == sum(stage.flops for stage in table.stages) == 2 * (6 * 16 + 16 * 16 + 16 * 5)
     assert table.backbone.parameters == sum(stage.parameters for stage in table.stages)
     before_K, cache_K = shares(table)
