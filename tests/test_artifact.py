@@ -47,7 +47,7 @@ def make_cache(name: str, point: str, features: int, reads: str | None = None) -
     shape = CacheShape("mlp", width=8)
     cache = LearnedCache(name, point, shape, (features,), CLASSES, reduction=Reduction(), reads=reads).eval()
     if reads is not None:
-        cache.blend = torch.tensor([0.8, 0.6])
+        cache.blend = (0.8, 0.6)
         selector = Selector(7)
         selector.weight.copy_(torch.randn(7))
         cache.use_confidence("selector", selector)

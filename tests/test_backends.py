@@ -384,8 +384,7 @@ def parts_to_try() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
     shapes = (CacheShape("mlp", 16), Reduction(8)), (CacheShape("student", 16), Reduction())
     for (shape, reduction), reads in itertools.product(shapes, (None, "a")):
         cache = LearnedCache("b", "input", shape, (3, 16, 16), 5, reduction=reduction, reads=reads).eval()
-        if cache.blend is not None:
-            cache.blend = torch.tensor([0.8, 0.6])
+        cache.blend = (0.8, 0.6)
         found[f"{shape.kind} that reads {reads}"] = cache, (image, torch.randn(4, 5)) if reads else (image,)
     words = LearnedCache("c", "input", CacheShape("transformer", 32), (7,), 5, reduction=Reduction(), vocabulary=50)
     found["transformer on token ids"] = words.eval(), (ids,)

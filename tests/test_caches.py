@@ -54,8 +54,7 @@ def make(activation: str, kind: Any, *, reads: str | None = None, depth: int = 1
             nn.init.normal_(module.running_mean, std=0.2)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
             nn.init.uniform_(module.weight, 0.5, 2)
-    if cache.blend is not None:
-        cache.blend = torch.tensor([0.8, 0.6])
+    cache.blend = (0.8, 0.6)
     return cache.eval()
 
 

@@ -140,13 +140,13 @@ def test_what_a_cache_reads_is_no_part_of_its_training(recording: Recording) -> 
     for cache in (alone, reading):
         learn(cache, recording, rows=1000)
     state = reading.state_dict()
-    assert state.pop("blend").tolist() == [1, 0]
+    assert reading.blend == (1, 0)
     assert all(torch.equal(value, state[name]) for name, value in alone.state_dict().items())
 
 
 def test_a_reading_cache_is_given_the_rows_that_it_is_asked_about(recording: Recording) -> None:
     cache, rows = make(reads="first").eval(), np.array([3, 1600, 7])
-    cache.blend = torch.tensor([0.0, 1.0])
+    cache.blend = (0.0, 1.0)
     every_NC = torch.from_numpy(recording.logits_NC)
     logits = cache_logits(cache, recording, 0, rows, lambda some: every_NC[some], torch.device("cpu"))
     torch.testing.assert_close(logits, every_NC[rows].log_softmax(1).clamp(min=-10))

@@ -18,17 +18,24 @@ FLOOR = -10.0  # of log-probabilities that are read: no answer is out of the que
 RIDGE = 1e-3  # towards a cache by itself: where every answer is right, nothing else would hold the weights
 
 
-def blended(own_BC: Tensor, read_BC: Tensor, weights_2: Tensor) -> Tensor:
+Blend = tuple[
+    float, float
+]  # weights of a cache's own logits and of those that it reads; plain numbers suit any runtime
+ALONE: Blend = 1.0, 0.0
+
+
+def blended(own_BC: Tensor, read_BC: Tensor, blend: Blend) -> Tensor:
     """(B, C) logits of a cache from its own and from those that it reads."""
-    return weights_2[0] * own_BC + weights_2[1] * read_BC.log_softmax(-1).clamp(min=FLOOR)
+    own, read = blend
+    return own * own_BC + read * read_BC.log_softmax(-1).clamp(min=FLOOR)
 
 
-def fit_blend(own_NC: Tensor, read_NC: Tensor, answer_N: Tensor) -> Tensor:
-    """(2,) the weights whose blend finds the backbone's answers most likely."""
+def fit_blend(own_NC: Tensor, read_NC: Tensor, answer_N: Tensor) -> Blend:
+    """The weights whose blend finds the backbone's answers most likely."""
     from scipy.optimize import minimize
 
     own_NC, read_NC = own_NC.double(), read_NC.double().log_softmax(-1).clamp(min=FLOOR)
-    start = np.array([1.0, 0.0])
+    start = np.array(ALONE)
 
     def loss_and_gradient(weights: FloatArray) -> tuple[float, FloatArray]:
         log_p_NC = (weights[0] * own_NC + weights[1] * read_NC).log_softmax(-1)
@@ -39,4 +46,5 @@ def fit_blend(own_NC: Tensor, read_NC: Tensor, answer_N: Tensor) -> Tensor:
         away = weights - start
         return loss + RIDGE * float(away @ away), np.array(gradient) + 2 * RIDGE * away
 
-    return torch.from_numpy(minimize(loss_and_gradient, start, jac=True, method="BFGS").x).float()
+    own, read = minimize(loss_and_gradient, start, jac=True, method="BFGS").x.tolist()
+    return own, read

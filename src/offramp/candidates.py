@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from offramp.blending import fit_blend
+from offramp.blending import ALONE, fit_blend
 from offramp.caches import Cache, CacheShape, LearnedCache
 from offramp.confidence import Selector, auroc, statistics
 from offramp.cost import count_flops
@@ -284,10 +284,10 @@ class Candidates:
         if cache.reads is None:
             return
         read, rows = self.named(cache.reads), _thinned(self.tune_rows, BLEND_ROWS)
-        cache.blend = torch.tensor([1.0, 0.0], device=self.split.device)
+        cache.blend = ALONE
         own_NC = self._logits(cache, rows)
         read_NC = torch.cat([read.on(part) for part in _chunks(rows)])
-        cache.blend = fit_blend(own_NC, read_NC, self.answer_N[rows]).to(self.split.device)
+        cache.blend = fit_blend(own_NC, read_NC, self.answer_N[rows])
 
     def _logits(self, cache: Cache, rows: NDArray[np.intp]) -> Tensor:
         """(len(rows), C) what a cache says on these of the rows that judge it."""
@@ -385,7 +385,13 @@ class Candidates:
 
     def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None
-        later = ("reads", "folded", "confidence", "selector_features")  # decided after training, or no part of it
+        later = (
+            "reads",
+            "blend",
+            "folded",
+            "confidence",
+            "selector_features",
+        )  # decided after training, or no part of it
         what = {
             "backbone": self.split.fingerprint,
             "data": self._train_digest,
@@ -410,7 +416,6 @@ class Candidates:
         if self.store is None or self.stop.requested:  # half-trained is not what a later run should find
             return
         state = {name: value.detach().cpu().contiguous() for name, value in cache.state_dict().items()}
-        state.pop("blend", None)  # fitted anew, to what it will read then
         _store(self._file(cache, recipe), state, {"log": json.dumps(dataclasses.asdict(log))})
 
     def _load(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None) -> Trained | None:
@@ -419,8 +424,7 @@ class Candidates:
         if log is None or (log.steps < recipe.steps and (limit_s is None or log.seconds < 0.5 * limit_s)):
             return None
         ready = LearnedCache.described(cache.describe() | {"folded": True})
-        state = load_file(self._file(cache, recipe))
-        ready.load_state_dict(state if ready.blend is None else state | {"blend": ready.blend})
+        ready.load_state_dict(load_file(self._file(cache, recipe)))
         ready.to(self.split.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ready.requires_grad_(requires_grad=False)
         self._blend(ready)

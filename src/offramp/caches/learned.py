@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from offramp.blending import blended
+from offramp.blending import ALONE, blended
 from offramp.caches.base import Cache
 from offramp.caches.reduction import MAX_SEGMENTS, Reduction
 
@@ -69,7 +69,6 @@ class LearnedCache(Cache):
     the weights of its own logits and of those that it reads (`offramp.blending`)."""
 
     kind = "learned"
-    blend: Tensor | None
 
     def __init__(
         self,
@@ -93,12 +92,12 @@ class LearnedCache(Cache):
         features = self.body.features
         assert isinstance(features, int)
         self.head = nn.Linear(features, classes)
-        self.register_buffer("blend", None if reads is None else torch.tensor([1.0, 0.0]))
+        self.blend = ALONE
         self.folded = False
 
     def from_feature(self, feature: Tensor, read_BC: Tensor | None = None) -> Tensor:
         own_BC = self.from_condensed(self.condense(feature))
-        if self.blend is None:
+        if self.reads is None:
             return own_BC
         if read_BC is None:
             raise ValueError(f"cache {self.name} reads the logits of {self.reads}, which were not given")
@@ -139,6 +138,7 @@ class LearnedCache(Cache):
             "classes": self.classes,
             "vocabulary": self.vocabulary,
             "folded": self.folded,
+            "blend": list(self.blend),
         }
 
     @classmethod
@@ -153,6 +153,8 @@ class LearnedCache(Cache):
             vocabulary=description["vocabulary"],
             reads=description["reads"],
         )
+        own, read = description["blend"]
+        cache.blend = own, read
         cache.eval()
         if description["folded"]:
             cache.fold()
