@@ -17,10 +17,9 @@ from offramp.types import FloatArray
 FLOOR = -10.0  # of log-probabilities that are read: no answer is out of the question
 RIDGE = 1e-3  # towards a cache by itself: where every answer is right, nothing else would hold the weights
 
-
-Blend = tuple[
-    float, float
-]  # weights of a cache's own logits and of those that it reads; plain numbers suit any runtime
+# The weights of a cache's own logits and of those that it reads. Plain numbers suit every runtime: a quantiser of
+# INT8 cannot follow weights that are picked from a tensor.
+Blend = tuple[float, float]
 ALONE: Blend = 1.0, 0.0
 
 

@@ -385,13 +385,8 @@ class Candidates:
 
     def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None
-        later = (
-            "reads",
-            "blend",
-            "folded",
-            "confidence",
-            "selector_features",
-        )  # decided after training, or no part of it
+        # Decided after training, or no part of it.
+        later = ("reads", "blend", "folded", "confidence", "selector_features")
         what = {
             "backbone": self.split.fingerprint,
             "data": self._train_digest,
