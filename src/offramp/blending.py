@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.types import FloatArray
@@ -41,7 +42,7 @@ def fit_blend(own_NC: Tensor, read_NC: Tensor, answer_N: Tensor) -> Blend:
         error_NC = log_p_NC.exp()
         error_NC[torch.arange(len(answer_N)), answer_N] -= 1
         gradient = [float((error_NC * part_NC).sum(1).mean()) for part_NC in (own_NC, read_NC)]
-        loss = -float(log_p_NC.gather(1, answer_N[:, None]).mean())
+        loss = float(F.nll_loss(log_p_NC, answer_N))
         away = weights - start
         return loss + RIDGE * float(away @ away), np.array(gradient) + 2 * RIDGE * away
 

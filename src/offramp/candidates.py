@@ -281,19 +281,22 @@ class Candidates:
 
     def _blend(self, cache: LearnedCache) -> None:
         """Weigh what the cache says itself and what it reads, if anything, on tune rows."""
-        if cache.reads is None:
+        read, rows = self._read(cache), _thinned(self.tune_rows, BLEND_ROWS)
+        if read is None:
             return
-        read, rows = self.named(cache.reads), _thinned(self.tune_rows, BLEND_ROWS)
         cache.blend = ALONE
-        own_NC = self._logits(cache, rows)
-        read_NC = torch.cat([read.on(part) for part in _chunks(rows)])
+        own_NC, read_NC = self._logits(cache, rows), self._of_logits(read, rows, _of_own(lambda said_BC: said_BC))
         cache.blend = fit_blend(own_NC, read_NC, self.answer_N[rows])
 
     def _logits(self, cache: Cache, rows: NDArray[np.intp]) -> Tensor:
         """(len(rows), C) what a cache says on these of the rows that judge it."""
-        read = None if cache.reads is None else self.named(cache.reads).on
-        device = self.split.device
-        return cache_logits(cache, self.recording, self.position(cache), rows, read, device, self.workdir)
+        read, device = self._read(cache), self.split.device
+        on = None if read is None else read.on
+        return cache_logits(cache, self.recording, self.position(cache), rows, on, device, self.workdir)
+
+    def _read(self, cache: Cache) -> Trained | None:
+        """The candidate that this one reads."""
+        return None if cache.reads is None else self.named(cache.reads)
 
     def _choose_confidence(self, trained: Trained) -> None:
         agreement = self._agreement(self._answers(trained, self.tune_rows), self.tune_rows)
@@ -350,7 +353,7 @@ class Candidates:
 
     def _of_logits(self, trained: Trained, rows: NDArray[np.intp], function: OfLogits) -> Tensor:
         """What the function makes of this candidate's logits on these rows and, where it reads any, those it reads."""
-        read = None if trained.cache.reads is None else self.named(trained.cache.reads)
+        read = self._read(trained.cache)
         parts = [function(trained.on(part), None if read is None else read.on(part)) for part in _chunks(rows)]
         return torch.cat(parts)
 
@@ -426,12 +429,12 @@ class Candidates:
         return self._judge(ready, log)
 
 
-def _store(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def _store(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """All of it or nothing."""
     temporary = file.with_suffix(".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
+        save_file(tensors, temporary, metadata)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
         raise StorageError(

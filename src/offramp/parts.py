@@ -249,7 +249,6 @@ class Race:
             for backend, precision in itertools.product(filter(self._is_here, backends), precisions)
             if precision in backend.precisions and (backend.name, precision) != (EAGER, FLOAT32)
         ]
-        self._quiet = False  # whether parts for one row leave torch's threads asleep, as the full model does there
         self._parts: dict[str, PlacedPart] = {}
 
     def _is_here(self, backend: Backend) -> bool:
@@ -262,13 +261,17 @@ class Race:
             built = list(self._built(name, module, inputs))
             times = {rows: _timed(built, inputs, rows) for rows in (ONE, MANY)}
             exact = [other for other in built if other.precision == FLOAT32]
-            won = functools.partial(_won, name, times=times, quiet=self._quiet)
+            won = functools.partial(_won, name, times=times, quiet=self._quiet(inputs))
             self._parts[name] = dataclasses.replace(won(built), in_float32=won(exact))
             if name == FULL:
-                self._quiet = _on_several_cores(inputs) and self._parts[name].choices[0].backend not in SPINNING
                 self.full_model = [_tried(other, *times.values()) for other in built]
                 self._leave_out_slow(times)
         return self._parts[name]
+
+    def _quiet(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether torch's threads could stay asleep for one row: the full model, which is raced first, lets them."""
+        several_cores = inputs[0].device.type == "cpu" and torch.get_num_threads() > 1
+        return several_cores and FULL in self._parts and self._parts[FULL].choices[0].backend not in SPINNING
 
     def _leave_out_slow(self, times: Mapping[int, Mapping[tuple[str, str], float]]) -> None:
         """Without the kinds on which the full model takes far longer than on the fastest, for one row and for many."""
@@ -355,10 +358,6 @@ def _timed(built: Sequence[_Built], inputs: tuple[Tensor, ...], rows: int) -> di
 
 def _tried(built: _Built, one: Mapping[tuple[str, str], float], many: Mapping[tuple[str, str], float]) -> Tried:
     return Tried(*built.kind, one[built.kind], many[built.kind], built.difference, built.disagreement)
-
-
-def _on_several_cores(inputs: Sequence[Tensor]) -> bool:
-    return inputs[0].device.type == "cpu" and torch.get_num_threads() > 1
 
 
 def _won(
