@@ -4,15 +4,16 @@
 
 The cases are those of methods.py. Of the inputs that no cache is trained on, a quarter tunes and certifies the fit at
 1 %; the model is then optimized in each precision on half of them, which calibrate, tune and certify it anew, and the
-last quarter evaluates it. Four models are timed in one run, call by call in turn: the full and the cached model, in
-eager mode and on the back ends. Each precision is written as soon as it is measured. With --fitted the model is kept,
-and a later run goes on with it; without precisions nothing else is done.
+last quarter evaluates it. Four models are timed in one run, in turn, each in a process of its own: the full and the
+cached model, in eager mode and on the back ends. Each precision is written as soon as it is measured. With --fitted the
+model is kept, and a later run goes on with it; without precisions nothing else is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import tempfile
 import time
@@ -21,13 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import apart
 import common
 import methods
-import numpy as np
 import torch
 
 import offramp
-from offramp.cost import synchronizer
 from offramp.evaluation import evaluate
 from offramp.model import CachedModel
 from offramp.optimizing import PRECISIONS, optimize
@@ -35,7 +35,6 @@ from offramp.streams import Batch, concatenated, read_stream
 
 TOLERANCE, SIZES = 0.01, (1, 8, 32)
 PARTS = 0, 0.25, 0.75, 1  # of the inputs to certify on: where those that certify the fit, optimize and evaluate end
-LEAST_TURNS = 30
 QUICK_CERTIFY = 2000  # of these, enough are left to certify twice
 SAMPLED = 20  # batches that models are timed on
 
@@ -48,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where all of it runs (default: cpu)")
     parser.add_argument("--backends", nargs="+", help="(default: all that are here)")
     parser.add_argument("--time-budget", type=float, default=1000, help="seconds for the fit (default 1000)")
-    parser.add_argument("--latency-budget", type=float, default=20, help="seconds per batch size (default 20)")
+    parser.add_argument("--latency-budget", type=float, default=40, help="seconds per batch size (default 40)")
     parser.add_argument("--workdir", type=Path, help="go on from what an interrupted fit has left here")
     parser.add_argument("--fitted", type=Path, help="keep the fitted model in this folder, and take it from there")
     parser.add_argument("--quick", action="store_true", help="few inputs, little time: does it run at all?")
@@ -92,28 +91,27 @@ def fitted(backbone: torch.nn.Module, parts: Parts, folder: Path, options: argpa
     return offramp.load(folder, backbone)
 
 
-def timed(models: dict[str, Callable[..., Any]], sample: Batch, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Mean, p50 and p95 in milliseconds of one call, per model and batch size, the device being waited for."""
-    wait = synchronizer(sample.tensors[0].device)
-    rows = []
-    for size in options.sizes:
-        times_ms: dict[str, list[float]] = {name: [] for name in models}
-        started, turn = time.perf_counter(), 0
-        while turn < LEAST_TURNS or time.perf_counter() - started < options.latency_budget:
-            first = turn * size % (len(sample) - size)
-            batch = sample.rows(slice(first, first + size))
-            for name, call in models.items():
-                call(*batch.args, **batch.kwargs)  # untimed: in use, the memory caches are not full of other models
-                wait()
-                begun = time.perf_counter()
-                call(*batch.args, **batch.kwargs)
-                wait()
-                times_ms[name].append((time.perf_counter() - begun) * 1000)
-            turn += 1
-        for name, values in times_ms.items():
-            p50, p95 = np.percentile(values, (50, 95))
-            rows.append({"batch_size": size, "model": name, "mean_ms": np.mean(values), "p50_ms": p50, "p95_ms": p95})
-    return rows
+def built(options: argparse.Namespace, folder: Path, *, whole: bool) -> tuple[Callable[..., Any], Batch]:
+    """The model that was saved in this folder, or the full model as it runs there, and what it is timed on."""
+    setup = methods.SETUPS[options.case](common.zoo())
+    backbone = setup.backbone.to(options.device)
+    held_out = itertools.islice(read_stream(Parts.of(setup).held_out, backbone), SAMPLED)
+    model = offramp.load(folder, backbone)
+    return (model.split_model.full if whole else model), concatenated(list(held_out)).to(model.split_model.device)
+
+
+def timed(cached: CachedModel, optimized: CachedModel, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The full and the cached model in eager mode and on the back ends, as they come out of their artefacts."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {"eager": Path(temporary, "eager"), "optimized": Path(temporary, "optimized")}
+        for folder, model in zip(folders.values(), (cached, optimized), strict=True):
+            offramp.save(model, folder)
+        makes = {
+            f"{kind}, {name}": functools.partial(built, options, folder, whole=kind == "full")
+            for name, folder in folders.items()
+            for kind in ("full", "cached")
+        }
+        return apart.timed(makes, options.sizes, options.latency_budget)
 
 
 def through_caches(cached: CachedModel, traffic: methods.Traffic, sizes: Sequence[int]) -> methods.Traffic:
@@ -129,15 +127,6 @@ def row(cached: CachedModel, parts: Parts, precision: str, options: argparse.Nam
     optimized = optimize(cached, parts.again, backends=options.backends, precision=precision, progress=False)
     seconds = time.monotonic() - started
     evaluation = evaluate(optimized, through_caches(optimized, parts.held_out, options.sizes), batch_sizes=())
-    models: dict[str, Callable[..., Any]] = {
-        "full, eager": cached.split_model.full,
-        "cached, eager": cached,
-        "full, optimized": optimized.split_model.full,
-        "cached, optimized": optimized,
-    }
-    with torch.inference_mode():
-        sample = concatenated(list(itertools.islice(read_stream(parts.held_out, cached.split_model.backbone), SAMPLED)))
-        latency = timed(models, sample.to(cached.split_model.device), options)
     return {
         "precision": precision,
         "seconds": seconds,
@@ -145,7 +134,7 @@ def row(cached: CachedModel, parts: Parts, precision: str, options: argparse.Nam
         "plan": optimized.plan.to_json(),
         "certificate": asdict(optimized.certificate),
         "evaluation": evaluation.to_json(),
-        "latency": latency,
+        "latency": timed(cached, optimized, options),
     }
 
 

@@ -305,3 +305,8 @@ def test_a_map_is_pooled_to_the_means_of_its_cells(sides: tuple[int, int]) -> No
     for layout in (torch.contiguous_format, torch.channels_last):
         pooled = Reduction(2)(x.to(memory_format=layout))
         torch.testing.assert_close(pooled.float(), F.adaptive_avg_pool2d(x, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_the_means_of_a_map_in_bfloat16_are_not_rounded_on_the_way() -> None:
+    x = torch.randn(2, 600, 32, 32).bfloat16()
+    assert torch.equal(Reduction(4)(x), Reduction(4)(x.float()))
