@@ -44,7 +44,6 @@ from offramp.placement import (
     expected_cost,
     oracle_cost,
     outcomes,
-    plan_path,
     request_costs,
 )
 from offramp.precision import has_fast_bfloat16
@@ -54,7 +53,6 @@ from offramp.types import BoolArray, FloatArray, Records
 
 AS_IT_IS = "as it is"
 LEVELS = 100  # of the thresholds per cache
-SLOWER = 1.05  # times the full model, the most that the 95th percentile of the costs may be
 LEAST_LEARNING = 0.1  # of the time, for a recording that took the rest
 
 
@@ -92,12 +90,6 @@ def per_cache_path(tune: Records, certify: Records, costs: CacheCosts, tolerance
     return breaches.last_certified(list(dict.fromkeys(path)), certify, tolerance)
 
 
-def steady(tune: Records, certify: Records, costs: CacheCosts, tolerance: float) -> Thresholds:
-    """The path without the plans in which one request in twenty costs more than SLOWER times the full model."""
-    path = [candidate.thresholds_K for candidate in plan_path(tune, costs, PATH_REACH * tolerance)]
-    return breaches.last_certified([one for one in path if p95(tune, one, costs) <= SLOWER], certify, tolerance)
-
-
 def p95(records: Records, thresholds_K: Thresholds, costs: CacheCosts) -> float:
     """What all but one request in twenty cost at most."""
     return float(np.percentile(request_costs(records, thresholds_K, costs), 95))
@@ -121,7 +113,7 @@ IDEAS = (
     Idea("raw counts for the search", choose=partial(breaches.certified, risk=raw_counts)),
     Idea("only the plans that prices find", choose=partial(breaches.certified, steps=1)),
     Idea("each cache's threshold by itself", choose=per_cache_path),
-    Idea("95th percentile limited", choose=steady),
+    Idea("misses at no price", choose=partial(breaches.certified, miss_price=0.0)),
 )
 
 

@@ -71,12 +71,9 @@ def test_a_difference_is_taken_draw_by_draw(ablations: Any) -> None:
     assert "| 44 % | - |" in ablations.table([row]), "of the oracle's saving; and nothing was learned"
 
 
-def test_a_limit_on_the_slowest_leaves_only_plans_that_keep_it(ablations: Any) -> None:
-    records, costs = traffic(4000)
-    tune, certify, fresh = (records.rows(np.arange(start, 4000, 3)) for start in range(3))
-    thresholds_K = ablations.steady(tune, certify, costs, 0.05)
-    assert ablations.p95(tune, thresholds_K, costs) <= ablations.SLOWER
-    assert ablations.p95(fresh, (OFF,) * 3, costs) == 1
+def test_the_slowest_of_twenty_requests_without_caches_costs_a_full_run(ablations: Any) -> None:
+    records, costs = traffic(400)
+    assert ablations.p95(records, (OFF,) * 3, costs) == 1
 
 
 def test_records_alone_are_enough_for_ideas_about_choosing(ablations: Any, tmp_path: Path) -> None:

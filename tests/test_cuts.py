@@ -76,3 +76,11 @@ def test_what_reads_a_cache_goes_with_it(reads_K: tuple[int, int]) -> None:
     costs = dataclasses.replace(costs, caches=(dear, costs.caches[1]))
     kept = worthwhile(records(0.01, 0.8, reads_K=reads_K), costs, TOLERANCE)
     assert kept == ([] if 0 in reads_K else ["cache1"])
+
+
+def test_a_cache_that_saves_less_than_its_cut_stays_where_a_miss_costs_more_than_its_time() -> None:
+    costs = table([1.0, 2.0, 2.0], 3.0, [1, 2])
+    both = ["cache0", "cache1"]
+    assert worthwhile(records(0.7, 0.8), costs, TOLERANCE, miss_price=0.1) == ["cache0"]
+    assert worthwhile(records(0.7, 0.8), costs, TOLERANCE, miss_price=5.0) == both
+    assert worthwhile(records(0.3, 0.35), costs, TOLERANCE, miss_price=5.0) == ["cache1"], "which answers all of them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -105,6 +106,21 @@ def test_search_finds_what_brute_force_finds(seed: int, reads: tuple[int, ...]) 
     assert np.mean(gaps < 1e-9) >= 0.75
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_with_priced_misses_finds_what_brute_force_finds(seed: int) -> None:
+    records = make_records(12, 3, seed)
+    problem = dataclasses.replace(with_recorded_risk(records, COSTS), end=2.5)
+    missed = {plan: (outcomes(records, plan)[0] == 3).mean() for plan in all_plans(records)}
+    ratings = {plan: problem.cost_and_risk(plan) for plan in missed}
+    for plan, share in missed.items():
+        assert ratings[plan][0] == pytest.approx(expected_cost(records, plan, COSTS) + 1.5 * share)
+    found = np.array([problem.cost_and_risk(plan) for plan in set(_search(problem, 40))])
+    weights = np.stack([np.ones(20), np.geomspace(30, 0.3, 20)])
+    gaps = (found @ weights).min(axis=0) - (np.array(list(ratings.values())) @ weights).min(axis=0)
+    assert min(gaps) > -1e-12
+    assert np.mean(gaps) < 0.01
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_single_change_improves_what_the_descent_settles_on(seed: int) -> None:
     records = make_records(40, 3, seed)
@@ -136,6 +152,23 @@ def test_path_is_dense_ordered_and_begins_with_no_cache(reads: tuple[int, ...]) 
         assert one.hit_rates_K == pytest.approx(hit_rates(records, one.thresholds_K).tolist())
         for k, source in enumerate(reads):
             assert source < 0 or one.thresholds_K[k] == OFF or one.thresholds_K[source] < OFF
+
+
+def test_priced_misses_become_fewer_and_plans_say_what_they_really_cost() -> None:
+    records = make_records(1500, 6, 1)
+    costs = CacheCosts(np.linspace(0, 0.9, 6), np.full(6, 0.03))
+    plain, priced = (plan_path(records, costs, 0.03, miss_price=price) for price in (0.0, 2.0))
+    missed = [1 - sum(path[-1].hit_rates_K) for path in (plain, priced)]
+    assert missed[1] < missed[0]
+    assert plain[-1].cost < priced[-1].cost < 1
+    for one in priced:
+        assert one.cost == pytest.approx(expected_cost(records, one.thresholds_K, costs))
+
+
+def test_no_plan_that_saves_nothing_is_bought_by_the_price_of_misses() -> None:
+    dear = CacheCosts(np.array([0.5]), np.array([0.6]))
+    records = make_records(300, 1, 6)
+    assert [one.thresholds_K for one in plan_path(records, dear, 0.5, miss_price=5.0)] == [(OFF,)]
 
 
 def test_estimated_disagreement_holds_on_fresh_inputs() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.calibration import Verdict, check_levels, upper_bound
+from offramp.calibration import Verdict, certifiable_rate, check_levels, upper_bound
 from offramp.calibration import certify as certify_path
 from offramp.candidates import Candidates, Trained
 from offramp.cost import shares
@@ -20,9 +20,10 @@ from offramp.evaluation import compare_latency
 from offramp.methods import Method
 from offramp.methods.base import Rule
 from offramp.model import CachedModel
-from offramp.placement import CacheCosts, Candidate, expected_cost, hit_rates, outcomes, plan_path
+from offramp.placement import CacheCosts, Candidate, expected_cost, hit_rates, outcomes
 from offramp.recording import CERTIFY, TUNE, keeping
 from offramp.summary import Findings, summarise
+from offramp.tail import steady_path
 from offramp.types import Certificate, CostTable, LatencyRatio, Plan, PlannedCache, Records
 
 PATH_REACH = 3.0  # the path of plans goes on to this multiple of the tolerance
@@ -100,7 +101,7 @@ def _judged_path(
         errors_M = count_errors(certify, path)
         bound = upper_bound(errors_M[-1], n, confidence_level)
         return path, errors_M, Verdict(len(path) - 1, errors_M[-1], n, bound, len(path), "")
-    path = plan_path(tune, costs, PATH_REACH * tolerance)
+    path = steady_path(tune, costs, PATH_REACH * tolerance, certifiable_rate(n, tolerance, confidence_level)).path
     errors_M = count_errors(certify, path)
     return path, errors_M, certify_path(errors_M, n, tolerance, confidence_level)
 

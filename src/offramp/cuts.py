@@ -8,6 +8,7 @@ shared out over the cuts; a cache that saves less than its cut costs is better l
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,16 +18,18 @@ from offramp.placement import CacheCosts, plan_path
 from offramp.types import CostTable, Records
 
 
-def worthwhile(records: Records, costs: CostTable, tolerance: float) -> list[str]:
+def worthwhile(records: Records, costs: CostTable, tolerance: float, miss_price: float = 0.0) -> list[str]:
     """The names of the caches that pay for their cuts on the tuning records; dropped one by one while that saves time.
 
-    costs: of the model with all of them, each stage and the full model where they run now.
+    costs: of the model with all of them, each stage and the full model where they run now. miss_price: what a request
+    that no cache answers counts on top of its time, in full runs of the backbone.
     """
+    expected = functools.partial(_expected_cost, records, costs, tolerance, miss_price)
     kept = list(range(len(costs.caches)))
-    cheapest = _expected_cost(records, costs, kept, tolerance)
+    cheapest = expected(kept)
     while kept:
         fewer = [_without(kept, k, records.reads_K) for k in kept]
-        trials = [_expected_cost(records, costs, trial, tolerance) for trial in fewer]
+        trials = [expected(trial) for trial in fewer]
         if min(trials) > cheapest:
             break
         cheapest, kept = min(trials), fewer[trials.index(min(trials))]
@@ -42,10 +45,12 @@ def _without(kept: Sequence[int], dropped: int, reads_K: Sequence[int]) -> list[
     return [k for k in kept if k not in gone]
 
 
-def _expected_cost(records: Records, costs: CostTable, kept: Sequence[int], tolerance: float) -> float:
-    """Mean time of a request under the best plan with these caches, over the full model's."""
+def _expected_cost(
+    records: Records, costs: CostTable, tolerance: float, miss_price: float, kept: Sequence[int]
+) -> float:
+    """Mean time of a request under the best plan with these caches, over the full model's, misses priced."""
     if not kept:
-        return 1.0
+        return 1.0 + miss_price
     cut = _cut_share(costs)
     before_K, cache_K = (share[kept] * _stages_share(costs) for share in shares(costs))
     points = [costs.cache_points[k] for k in kept]
@@ -53,8 +58,9 @@ def _expected_cost(records: Records, costs: CostTable, kept: Sequence[int], tole
     saved_K = np.array([cut * len(_cuts(costs.cache_points, upto) - _cuts(points, upto)) for upto in points])
     whole = 1.0 + cut * len(_cuts(points, len(costs.stages)))
     before_K = np.maximum.accumulate((before_K - saved_K).clip(0))  # measured times are noisy
-    path = plan_path(_only(records, kept), CacheCosts(before_K / whole, cache_K / whole), tolerance)
-    return whole * min(plan.cost for plan in path if plan.disagreement <= tolerance)
+    relative = CacheCosts(before_K / whole, cache_K / whole)
+    best = plan_path(_only(records, kept), relative, tolerance, miss_price=miss_price / whole)[-1]
+    return whole * best.cost + miss_price * (1 - sum(best.hit_rates_K))
 
 
 def _cuts(points: Iterable[int], upto: int) -> set[int]:

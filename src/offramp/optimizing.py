@@ -25,7 +25,7 @@ from torch import Tensor
 
 from offramp.backends import backend_named
 from offramp.caches import Cache
-from offramp.calibration import certify, inputs_needed, upper_bound
+from offramp.calibration import certifiable_rate, certify, inputs_needed, upper_bound
 from offramp.choosing import BATCH_SIZES, PATH_REACH, never_slower
 from offramp.cost import measure, measure_caches, shares
 from offramp.cuts import worthwhile
@@ -33,11 +33,12 @@ from offramp.errors import InputError, StreamError
 from offramp.evaluation import compare_latency, say_all
 from offramp.model import CachedModel
 from offramp.parts import MANY, ONE, Layout, Race, lay_out
-from offramp.placement import CacheCosts, Candidate, outcomes, plan_path
+from offramp.placement import CacheCosts, Candidate, outcomes
 from offramp.progress import Bar, bar
 from offramp.rebuilding import OptimizedModel, Origin, hardware, model_of
 from offramp.splitting import SplitModel
 from offramp.streams import Batch, concatenated, read_stream
+from offramp.tail import Priced, steady_path
 from offramp.tasks import Classification
 from offramp.types import Certificate, CostTable, LatencyRatio, PartCost, Plan, Records
 
@@ -292,17 +293,22 @@ class _Job:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
         names, tolerance = [planned.name for planned in self.base.plan.caches], self.base.certificate.tolerance
         layout, costs, records = self._observed(names, race)
-        kept = [] if records is None else worthwhile(records, costs, tolerance)
+        kept = [] if records is None else worthwhile(records, costs, tolerance, self._path(records, costs).miss_price)
         while True:
             if len(kept) < len(names):
                 names = kept
                 layout, costs, records = self._observed(names, race)
             if records is None:
                 return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
-            path = plan_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance)
+            path = self._path(records, costs).path
             kept = _used(layout, path, tolerance)  # with other cuts other caches pay
             if not kept or len(kept) == len(names):
                 return _Tuned(layout, costs, path)
+
+    def _path(self, records: Records, costs: CostTable) -> Priced:
+        tolerance, level = self.base.certificate.tolerance, self.base.certificate.confidence_level
+        certifiable = certifiable_rate(len(self.rows.certify), tolerance, level)
+        return steady_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance, certifiable)
 
     def _observed(self, names: Sequence[str], race: Race) -> tuple[Layout, CostTable, Records | None]:
         """What these caches say of the tune rows, one at a time; None where there are no caches."""

@@ -13,6 +13,7 @@ Shape suffixes: N recorded inputs, K candidate caches.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +144,8 @@ def _leaving_costs(enabled_K: BoolArray, costs: CacheCosts) -> Array:
 class _Problem:
     """Tuning records prepared for the descent, one row per cache.
 
-    order_KN: the requests by falling confidence. risk_KN: how likely each cache is to disagree on each request.
+    order_KN: the requests by falling confidence. risk_KN: how likely each cache is to disagree on each request. end:
+    what running to the end counts.
     """
 
     confidence_KN: Array
@@ -151,6 +153,7 @@ class _Problem:
     risk_KN: Array
     costs: CacheCosts
     reads_K: tuple[int, ...]
+    end: float = 1.0
 
     def hits(self, k: int, thresholds: Sequence[float]) -> BoolArray:
         return np.asarray(self.confidence_KN[k] >= thresholds[k])
@@ -174,7 +177,7 @@ class _Problem:
 
     def value_after(self, k: int, thresholds: Sequence[float], price: float) -> Array:
         """(N,) cost + price * risk still ahead of a request that passed cache k without leaving."""
-        value = np.ones(self.confidence_KN.shape[1])
+        value = np.full(self.confidence_KN.shape[1], self.end)
         for later in range(len(self.reads_K) - 1, k, -1):
             value = self.value_at(later, thresholds, price, value)
         return value
@@ -195,26 +198,31 @@ def plan_path(
     prices: int = 40,
     steps: int = 200,
     risk: Risk | None = None,
+    miss_price: float = 0.0,
 ) -> tuple[Candidate, ...]:
     """Plans from "no cache" to the cheapest found whose estimated disagreement is at most `max_disagreement`.
 
-    Estimated disagreement rises and estimated cost falls strictly along the path; its first plan is "no cache".
+    Estimated disagreement rises and estimated cost, misses priced, falls strictly along the path; its first plan is "no
+    cache".
     records: the tuning inputs. prices: length of the series of prices of a disagreement. steps: into how many equal
     steps of estimated disagreement the path is filled up by plans between those that the prices found. risk: how likely
-    each cache is to disagree, from confidences and agreement of shape (K, N); None: `smoothed_risk`.
+    each cache is to disagree, from confidences and agreement of shape (K, N); None: `smoothed_risk`. miss_price: what a
+    request that no cache answers counts in the search on top of its cost (`offramp.tail`).
     """
-    problem = _prepare(records, costs, risk or smoothed_risk)
+    problem = _prepare(records, costs, risk or smoothed_risk, miss_price)
     off = (OFF,) * len(problem.reads_K)
     if not len(records) or not off:
         return (Candidate(off, 0.0, 1.0, (0.0,) * len(off)),)
     found = _efficient(problem, {off, *_search(problem, prices)})
     within = [plan for plan in found if problem.cost_and_risk(plan)[1] <= max_disagreement]
     between = _fill(problem, found[: len(within) + 1], max_disagreement / steps)
-    candidates = (_candidate(problem, plan) for plan in _efficient(problem, {*within, *between}))
-    return tuple(one for one in candidates if one.disagreement <= max_disagreement)
+    unpriced = dataclasses.replace(problem, end=1.0)
+    candidates = (_candidate(unpriced, plan) for plan in _efficient(problem, {*within, *between}))
+    # Priced misses make plans look good that save nothing; the path keeps those that do.
+    return tuple(one for one in candidates if one.disagreement <= max_disagreement and one.cost <= 1)
 
 
-def _prepare(records: Records, costs: CacheCosts, risk: Risk) -> _Problem:
+def _prepare(records: Records, costs: CacheCosts, risk: Risk, miss_price: float) -> _Problem:
     if len(costs.cache_K) != len(records.reads_K):
         raise InputError(f"costs of {len(costs.cache_K)} caches for records of {len(records.reads_K)} caches")
     for k, source in enumerate(records.reads_K):
@@ -227,6 +235,7 @@ def _prepare(records: Records, costs: CacheCosts, risk: Risk) -> _Problem:
         risk_KN=risk(confidence, np.asarray(records.agreement_NK.T, dtype=bool)),
         costs=costs,
         reads_K=tuple(records.reads_K),
+        end=1.0 + miss_price,
     )
 
 
@@ -312,7 +321,7 @@ def _descend(problem: _Problem, start: Thresholds, price: float, max_sweeps: int
 def _sweep(problem: _Problem, thresholds: list[float], price: float) -> None:
     """One pass over the caches, last to first; changes `thresholds` in place."""
     reaching = _reaching(problem, thresholds)
-    value = np.ones(problem.confidence_KN.shape[1])
+    value = np.full(problem.confidence_KN.shape[1], problem.end)
     for k in range(len(thresholds) - 1, -1, -1):
         source = problem.reads_K[k]
         if source < 0 or thresholds[source] != OFF:
@@ -419,7 +428,7 @@ def _at_ranks(problem: _Problem, ranked_KN: Array, count_K: Array, kept_K: BoolA
 def _efficient(problem: _Problem, plans: Iterable[Thresholds]) -> list[Thresholds]:
     """No cache at all, then the plans that no other one beats in both cost and risk, by rising risk."""
     path: list[Thresholds] = [(OFF,) * len(problem.reads_K)]
-    cheapest = 1.0
+    cheapest = problem.end
     rated = [(*problem.cost_and_risk(plan), plan) for plan in plans]
     for cost, _, plan in sorted(rated, key=lambda entry: (entry[1], entry[0])):
         if cost < cheapest - 1e-9:

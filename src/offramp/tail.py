@@ -1,0 +1,60 @@
+"""Plans under which fewer than one request in twenty are slower than without caches, where such plans cost little.
+
+A request that no cache answers pays for all look-ups. Where these are one in twenty or more, the 95th percentile of the
+time is above the full model's, however low the mean. A search that charges for them finds plans with half as many and
+hardly higher a mean: late caches answer some more, the first ones some fewer (docs/experiments.md). A limit on the
+percentile itself would leave a path of plans with gaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from offramp.placement import CacheCosts, Candidate, plan_path, request_costs
+from offramp.types import Records
+
+PRICES = (0.5, 1.0, 2.0)  # of a request that no cache answers, on top of its cost, in full runs of the backbone
+SLOW, FEW = 1.05, 0.05  # times the full model's cost, and the share of the requests that may take longer
+GIVEN_UP = 0.03  # of the saving, for the sake of these requests, at most
+
+
+class Priced(NamedTuple):
+    """A path of plans, and at which price of a miss it was found."""
+
+    path: tuple[Candidate, ...]
+    miss_price: float
+
+
+def steady_path(records: Records, costs: CacheCosts, max_disagreement: float, certifiable: float) -> Priced:
+    """The path of `placement.plan_path` at the lowest price of a miss at which few requests are slow; at none where
+    that costs too much of the saving, or no price brings it about.
+
+    certifiable: the disagreement at which the path is judged, by its cheapest plan up to there.
+    """
+    plain = Priced(plan_path(records, costs, max_disagreement), 0.0)
+    most = 1 - (1 - GIVEN_UP) * (1 - _cheapest(plain.path, certifiable).cost)
+    for priced in (plain, *_priced(records, costs, max_disagreement)):
+        plan = _cheapest(priced.path, certifiable)
+        if plan.cost > most:
+            break
+        if _few_slow(records, plan, costs):
+            return priced
+    return plain
+
+
+def _priced(records: Records, costs: CacheCosts, max_disagreement: float) -> Iterator[Priced]:
+    for price in PRICES:
+        yield Priced(plan_path(records, costs, max_disagreement, miss_price=price), price)
+
+
+def _cheapest(path: tuple[Candidate, ...], disagreement: float) -> Candidate:
+    return [plan for plan in path if plan.disagreement <= disagreement][-1]
+
+
+def _few_slow(records: Records, plan: Candidate, costs: CacheCosts) -> bool:
+    """One standard error of the share included."""
+    n = max(len(records), 1)
+    share = int((request_costs(records, plan.thresholds_K, costs) > SLOW).sum()) / n
+    error: float = (share * (1 - share) / n) ** 0.5
+    return share + error <= FEW

@@ -1,0 +1,71 @@
+"""Plans with few slow requests: taken where they cost little, on records whose best plans are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from offramp import tail
+from offramp.calibration import certifiable_rate
+from offramp.placement import CacheCosts, plan_path, request_costs
+from offramp.tail import FEW, SLOW, steady_path
+from offramp.types import Records
+
+COSTS = CacheCosts(np.array([0.0, 0.8]), np.array([0.06, 0.02]))
+# The second cache is met behind 90 % of the backbone, where a look-up costs a little more than its hits save.
+LATE = CacheCosts(np.array([0.0, 0.9]), np.array([0.06, 0.08]))
+N, TOLERANCE = 2000, 0.02
+
+
+def records(first: float, late: float, n: int = N) -> Records:
+    """Two caches whose confidence says when they are wrong, never up to these shares of the requests."""
+    rank_N = (np.random.default_rng(0).permutation(n) + 0.5) / max(n, 1)
+    agreement = np.column_stack([rank_N < first, rank_N < late])
+    confidence = np.column_stack([1 - rank_N, 1 - rank_N]).astype(np.float32)
+    nothing = np.zeros((n, 2), dtype=np.int64)
+    return Records(confidence, nothing, agreement, nothing[:, 0], (-1, -1))
+
+
+def slow(of: Records, costs: CacheCosts, certifiable: float = TOLERANCE) -> float:
+    path, _ = steady_path(of, costs, 3 * TOLERANCE, certifiable)
+    plan = [one for one in path if one.disagreement <= certifiable][-1]
+    return float((request_costs(of, plan.thresholds_K, costs) > SLOW).mean())
+
+
+def test_where_few_requests_are_slow_misses_have_no_price() -> None:
+    good = records(0.97, 0.99)
+    path, miss_price = steady_path(good, COSTS, 3 * TOLERANCE, TOLERANCE)
+    assert miss_price == 0
+    assert path == plan_path(good, COSTS, 3 * TOLERANCE)
+
+
+def test_where_look_ups_cost_next_to_nothing_no_request_is_slow() -> None:
+    cheap = CacheCosts(COSTS.before_K, np.array([0.01, 0.01]))
+    assert steady_path(records(0.6, 0.7), cheap, 3 * TOLERANCE, TOLERANCE).miss_price == 0
+
+
+def test_a_late_cache_that_hardly_saves_is_used_where_it_makes_slow_requests_few() -> None:
+    of = records(0.8, 0.98)
+    plain = plan_path(of, LATE, TOLERANCE)[-1]
+    assert (request_costs(of, plain.thresholds_K, LATE) > SLOW).mean() > FEW
+    path, miss_price = steady_path(of, LATE, 3 * TOLERANCE, TOLERANCE)
+    assert miss_price in tail.PRICES
+    assert slow(of, LATE) < FEW
+    assert [one.cost for one in path if one.disagreement <= TOLERANCE][-1] <= plain.cost + tail.GIVEN_UP
+
+
+def test_where_no_price_makes_them_few_misses_have_none() -> None:
+    hard = records(0.5, 0.6)
+    assert slow(hard, COSTS) > FEW
+    assert steady_path(hard, COSTS, 3 * TOLERANCE, TOLERANCE).miss_price == 0
+
+
+def test_where_it_would_cost_too_much_misses_have_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tail, "GIVEN_UP", 0.0)
+    assert steady_path(records(0.8, 0.98), LATE, 3 * TOLERANCE, TOLERANCE).miss_price == 0
+
+
+def test_where_nothing_can_be_certified_or_was_recorded_the_path_is_the_plain_one() -> None:
+    few = records(0.8, 0.98)
+    assert steady_path(few, COSTS, 3 * TOLERANCE, certifiable_rate(100, 0.01, 0.95)).miss_price == 0
+    assert len(steady_path(records(0.8, 0.98, n=0), COSTS, 3 * TOLERANCE, TOLERANCE).path) == 1
