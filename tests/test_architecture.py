@@ -18,8 +18,8 @@ RANKS = [
     "splitting graph tracing behaviour torchvision_shim cost caches calibration placement monitoring reservoir "
     "state backends",
     "model observing recording mixtures distillation",
-    "candidates search methods choosing fitting evaluation parts cuts rebuilding optimizing profiling merging "
-    "online_model ladder refresh refitting summary "
+    "candidates search methods choosing fitting evaluation parts cuts tail rebuilding optimizing profiling "
+    "merging online_model ladder refresh refitting summary "
     "artifact report",
     "sources cli demo bench __main__",
 ]
