@@ -31,7 +31,7 @@ from opponents import RULES
 from opponents.rules import Rule, joined
 from scipy.stats import binom
 
-from offramp.calibration import certifiable_rate, fixed_sequence, interval
+from offramp.calibration import fixed_sequence, interval
 from offramp.choosing import PATH_REACH
 from offramp.methods import METHODS, method_named
 from offramp.placement import OFF, CacheCosts, Thresholds, expected_cost, outcomes, plan_path
@@ -62,10 +62,9 @@ def load(file: Path) -> tuple[Records, CacheCosts]:
 def certified(tune: Records, certify: Records, costs: CacheCosts, tolerance: float, **options: Any) -> Thresholds:
     """Our path of plans on tune and the fixed sequence on certify, as `offramp.choosing` has it, but for these options
     of `plan_path`."""
-    reach, certifiable = PATH_REACH * tolerance, certifiable_rate(len(certify), tolerance, common.LEVEL)
-    path, miss_price = steady_path(tune, costs, reach, certifiable)
+    path, miss_price = steady_path(tune, costs, PATH_REACH * tolerance, tolerance)
     if options:
-        path = plan_path(tune, costs, reach, **{"miss_price": miss_price, **options})
+        path = plan_path(tune, costs, PATH_REACH * tolerance, **{"miss_price": miss_price, **options})
     return last_certified([candidate.thresholds_K for candidate in path], certify, tolerance)
 
 

@@ -10,7 +10,6 @@ from scipy.stats import binomtest
 
 from offramp.calibration import (
     advice,
-    certifiable_rate,
     certify,
     check_levels,
     fixed_sequence,
@@ -74,15 +73,6 @@ def test_inputs_needed_at_a_rate_equals_a_plain_search(rate: float) -> None:
     while upper_bound(math.ceil(n * rate - 1e-9), n, 0.9) > 0.01:
         n += 1
     assert inputs_needed(0.01, 0.9, rate) == n
-
-
-@pytest.mark.parametrize(("tolerance", "confidence_level", "needed", "most"), TABLE)
-def test_the_highest_rate_that_passes_is_that_of_the_table(
-    tolerance: float, confidence_level: float, needed: int, most: tuple[int, ...]
-) -> None:
-    assert certifiable_rate(needed - 1, tolerance, confidence_level) == 0
-    rates = [certifiable_rate(n, tolerance, confidence_level) for n in SIZES]
-    assert rates == [max(errors, 0) / n for errors, n in zip(most, SIZES, strict=True)]
 
 
 def test_the_walk_stops_at_the_first_failure_and_keeps_the_last_that_passed() -> None:

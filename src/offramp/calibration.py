@@ -98,14 +98,6 @@ def inputs_needed(tolerance: float, confidence_level: float, error_rate: float =
     return _inputs_for(errors, tolerance, confidence_level)
 
 
-def certifiable_rate(n: int, tolerance: float, confidence_level: float) -> float:
-    """The highest rate of disagreement among n inputs that passes; 0 where none does."""
-    check_levels(tolerance, confidence_level)
-    errors = np.arange(math.ceil(n * tolerance) + 1)
-    passing = int((_upper_bounds(errors, n, confidence_level) <= tolerance).sum())
-    return max(passing - 1, 0) / n
-
-
 def fixed_sequence(errors_M: ArrayLike, n: int, tolerance: float, confidence_level: float) -> int:
     """Index of the last candidate that passed before the first that failed; -1 when the first one fails.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.calibration import Verdict, certifiable_rate, check_levels, upper_bound
+from offramp.calibration import Verdict, check_levels, upper_bound
 from offramp.calibration import certify as certify_path
 from offramp.candidates import Candidates, Trained
 from offramp.cost import shares
@@ -101,7 +101,7 @@ def _judged_path(
         errors_M = count_errors(certify, path)
         bound = upper_bound(errors_M[-1], n, confidence_level)
         return path, errors_M, Verdict(len(path) - 1, errors_M[-1], n, bound, len(path), "")
-    path = steady_path(tune, costs, PATH_REACH * tolerance, certifiable_rate(n, tolerance, confidence_level)).path
+    path = steady_path(tune, costs, PATH_REACH * tolerance, tolerance).path
     errors_M = count_errors(certify, path)
     return path, errors_M, certify_path(errors_M, n, tolerance, confidence_level)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from offramp.backends import backend_named
 from offramp.caches import Cache
-from offramp.calibration import certifiable_rate, certify, inputs_needed, upper_bound
+from offramp.calibration import certify, inputs_needed, upper_bound
 from offramp.choosing import BATCH_SIZES, PATH_REACH, never_slower
 from offramp.cost import measure, measure_caches, shares
 from offramp.cuts import worthwhile
@@ -306,9 +306,8 @@ class _Job:
                 return _Tuned(layout, costs, path)
 
     def _path(self, records: Records, costs: CostTable) -> Priced:
-        tolerance, level = self.base.certificate.tolerance, self.base.certificate.confidence_level
-        certifiable = certifiable_rate(len(self.rows.certify), tolerance, level)
-        return steady_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance, certifiable)
+        tolerance = self.base.certificate.tolerance
+        return steady_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance, tolerance)
 
     def _observed(self, names: Sequence[str], race: Race) -> tuple[Layout, CostTable, Records | None]:
         """What these caches say of the tune rows, one at a time; None where there are no caches."""
