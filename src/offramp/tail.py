@@ -8,6 +8,7 @@ percentile itself would leave a path of plans with gaps.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def steady_path(records: Records, costs: CacheCosts, max_disagreement: float, to
     """
     plain = Priced(plan_path(records, costs, max_disagreement), 0.0)
     most = 1 - (1 - GIVEN_UP) * (1 - _cheapest(plain.path, tolerance).cost)
-    for priced in (plain, *_priced(records, costs, max_disagreement)):
+    for priced in itertools.chain([plain], _priced(records, costs, max_disagreement)):
         plan = _cheapest(priced.path, tolerance)
         if plan.cost > most:
             break
