@@ -440,6 +440,26 @@ def test_a_cache_and_what_it_reads_are_weighed_on_tune_rows_and_no_others(record
     assert same.blend == reader.cache.blend
 
 
+def test_a_candidate_that_rereads_is_as_if_it_had_been_built_so(recording: Recording) -> None:
+    found = []
+    for at_once in (True, False):
+        candidates = make_candidates(recording)
+        student, reader = train_two(candidates)
+        source = reader if at_once else student
+        late = candidates.build(POINTS[2], CacheShape("linear"), source.cache)
+        candidates.train_round("pooled", [late], lambda _: RECIPE, None)
+        trained = candidates.named(late.name)
+        before = trained.on(recording.index(TUNE))
+        if not at_once:
+            candidates.reread(trained, reader.cache)
+            assert not torch.equal(trained.on(recording.index(TUNE)), before)
+        found.append((trained.cache.reads, trained.cache.describe(), trained.logits_NC, trained.auroc))
+    (reads, description, logits_NC, auroc), again = found
+    assert again[:2] == (reads, description)
+    torch.testing.assert_close(again[2], logits_NC)
+    assert again[3] == pytest.approx(auroc)
+
+
 def test_a_blend_is_made_of_what_is_read_now(recording: Recording, tmp_path: Path) -> None:
     """Not stored with what was trained, so that a later run may have it read another student."""
     candidates = make_candidates(recording, workdir=tmp_path)

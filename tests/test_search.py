@@ -155,6 +155,26 @@ def test_the_larger_student_reads_the_smaller_and_later_caches_read_the_reader(
     assert set(rehearsal.reads.values()) == {STUDENTS[1]}
 
 
+def test_pooled_caches_behind_a_trunk_of_the_best_plan_read_it(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enabled(self: Search) -> list[Trained]:
+        return [
+            one for one in self.candidates.ordered() if one.cache.point == "input" or "block3/conv" in one.cache.name
+        ]
+
+    monkeypatch.setattr(Search, "_enabled", enabled)
+    reads = {one.cache.name: one.cache.reads for one in rehearsal.search(None).candidates.trained}
+    trunks = rehearsal.of_kind("conv")
+    behind = [name for name in POOLED if name.startswith(("block4", "head"))]
+    assert {reads.pop(name) for name in behind} == {trunks[0]}
+    assert reads.pop(STUDENTS[0]) is None
+    assert reads.pop(STUDENTS[1]) == STUDENTS[0]
+    assert set(reads.values()) == {STUDENTS[1]}, "those before it, beside it, and the other trunk"
+    reads = {one.cache.name: one.cache.reads for one in rehearsal.search(None, reads=False).candidates.trained}
+    assert {reads[name] for name in behind} == {None}
+
+
 @pytest.mark.parametrize(
     ("depths", "expected"),
     [

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -253,6 +254,15 @@ class Candidates:
     def add(self, cache: Cache, log: TrainingLog) -> None:
         """Judge a cache that has learned by other means than gradient steps, and add it to the candidates."""
         self.trained.append(self._judge(cache.eval(), log))
+
+    def reread(self, trained: Trained, source: Cache) -> None:
+        """Have a candidate read this one, which a request meets earlier, as if it had been built so: it has learned
+        alone, so that only its blend is fitted, and it is judged, anew."""
+        cache = cast(LearnedCache, trained.cache)
+        cache.reads = source.name
+        self._blend(cache)
+        trained.logits_NC = self._logits(cache, self.judged_rows)
+        self._choose_confidence(trained)
 
     def _train(self, cache: LearnedCache, recipe: Recipe, limit_s: float | None, progress: Bar) -> Trained:
         log = self._training(cache, recipe).run(time_limit_s=limit_s, stop=self.stop, progress=progress)

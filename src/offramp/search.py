@@ -8,9 +8,10 @@
     trunks     convolutional caches on feature maps of the backbone's second half. Before it they know no more than the
                student, at its end pooled caches know as much (docs/experiments.md).
 
-Later caches read the logits of the student that the best plan so far ends with (`offramp.blending`). What is enabled in
-the end is decided elsewhere (`placement`), jointly with the thresholds; a cache trained in vain costs nothing at run
-time. When time is short, fewer caches are trained, each for long enough, rather than all of them for too short.
+Later caches read the logits of the student that the best plan so far ends with (`offramp.blending`); in the end pooled
+ones behind a trunk that is in the best plan read that trunk instead, and through it the student. What is enabled is
+decided elsewhere (`placement`), jointly with the thresholds; a cache trained in vain costs nothing at run time. When
+time is short, fewer caches are trained, each for long enough, rather than all of them for too short.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -97,6 +98,7 @@ class Search:
         self._round("pooled", self._affordable(list(self._pooled(reader)), pooled_s, evenly), pooled_s)
         time_left = self.candidates.time_left  # all of it: what earlier rounds did not need as well
         self._round("trunks", self._affordable(list(self._trunks(reader)), time_left, first), time_left)
+        self._read_trunks()
 
     # -- the rounds --------------------------------------------------------------------------------
 
@@ -169,13 +171,26 @@ class Search:
 
     def _reader(self) -> Trained | None:
         """The student that later caches read: the last one in the best plan of students alone."""
-        trained = self.candidates.trained
-        if not trained or not self.reads:
+        if not self.candidates.trained or not self.reads:
             return None
+        return next(reversed(self._enabled()), self.candidates.trained[0])
+
+    def _read_trunks(self) -> None:
+        """What a trunk has found out goes on to the pooled caches behind it."""
+        if not self.reads or not self.candidates.trained:
+            return
+        trunks = [one for one in self._enabled() if _kind(one) == "conv"]
+        for later in self.candidates.ordered():
+            before = [trunk for trunk in trunks if trunk.position < later.position]
+            if before and _kind(later) != "conv":
+                self.candidates.reread(later, before[-1].cache)
+
+    def _enabled(self) -> list[Trained]:
+        """The candidates in the best plan so far, in the order in which a request meets them."""
+        trained = self.candidates.ordered()
         records, costs = self.candidates.records(trained, TUNE), self.candidates.estimated_costs(trained)
-        best = plan_path(records, costs, self.tolerance, prices=40)[-1]
-        enabled = [k for k, threshold in enumerate(best.thresholds_K) if np.isfinite(threshold)]
-        return trained[enabled[-1] if enabled else 0]
+        best = plan_path(records, costs, self.tolerance)[-1]
+        return [one for one, threshold in zip(trained, best.thresholds_K, strict=True) if np.isfinite(threshold)]
 
     def recipe(self, cache: LearnedCache) -> Recipe:
         """How a cache of this shape is trained at this split point, given the number of train rows."""
@@ -220,6 +235,10 @@ class Search:
             if (LEAST_STUDENTS if at_input else LEAST) * sum(map(self._seconds, chosen)) <= limit_s:
                 return chosen
         return choice(caches, 1)
+
+
+def _kind(trained: Trained) -> str:
+    return cast(LearnedCache, trained.cache).shape.kind
 
 
 def first(items: Sequence[Item], count: int) -> list[Item]:
