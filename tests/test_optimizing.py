@@ -183,7 +183,7 @@ def test_for_one_row_a_part_wakes_the_threads_of_torch_only_where_that_pays(
 
 def test_a_cut_that_the_cheapest_plan_does_not_use_is_not_made(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here both caches are said to be worth their cuts, and the later one knows nothing that the earlier does not."""
-    monkeypatch.setattr(optimizing, "worthwhile", lambda records, costs, tolerance: [one.name for one in costs.caches])
+    monkeypatch.setattr(optimizing, "worthwhile", lambda _, costs, *__: [one.name for one in costs.caches])
     optimized = run(make())
     assert [cache.name for cache in optimized.plan.caches] == ["early"]
     told = {one["part"] for one in optimized.summary["optimized"]["parts"]}
