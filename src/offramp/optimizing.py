@@ -33,7 +33,7 @@ from offramp.errors import InputError, StreamError
 from offramp.evaluation import compare_latency, say_all
 from offramp.model import CachedModel
 from offramp.parts import MANY, ONE, Layout, Race, lay_out
-from offramp.placement import CacheCosts, Candidate, outcomes
+from offramp.placement import CacheCosts, Candidate, cheapest_within, outcomes
 from offramp.progress import Bar, bar
 from offramp.rebuilding import OptimizedModel, Origin, hardware, model_of
 from offramp.splitting import SplitModel
@@ -372,8 +372,7 @@ class _Job:
 
 def _used(layout: Layout, path: Sequence[Candidate], tolerance: float) -> list[str]:
     """The caches that answer in the cheapest plan within the tolerance, and those that they read."""
-    cheapest = [plan for plan in path if plan.disagreement <= tolerance][-1]
-    pairs = zip(layout.caches, cheapest.thresholds_K, strict=True)
+    pairs = zip(layout.caches, cheapest_within(path, tolerance).thresholds_K, strict=True)
     return [cache.name for cache, threshold in pairs if np.isfinite(threshold)]
 
 

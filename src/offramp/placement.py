@@ -222,6 +222,11 @@ def plan_path(
     return tuple(one for one in candidates if one.disagreement <= max_disagreement and one.cost <= 1)
 
 
+def cheapest_within(path: Sequence[Candidate], tolerance: float) -> Candidate:
+    """The last plan of a path whose estimated disagreement is within the tolerance."""
+    return [plan for plan in path if plan.disagreement <= tolerance][-1]
+
+
 def _prepare(records: Records, costs: CacheCosts, risk: Risk, miss_price: float) -> _Problem:
     if len(costs.cache_K) != len(records.reads_K):
         raise InputError(f"costs of {len(costs.cache_K)} caches for records of {len(records.reads_K)} caches")

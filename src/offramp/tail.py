@@ -9,10 +9,9 @@ percentile itself would leave a path of plans with gaps.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from offramp.placement import CacheCosts, Candidate, plan_path, request_costs
+from offramp.placement import CacheCosts, Candidate, cheapest_within, plan_path, request_costs
 from offramp.types import Records
 
 # Of a request that no cache answers, on top of its cost, in full runs of the backbone.
@@ -33,24 +32,16 @@ def steady_path(records: Records, costs: CacheCosts, max_disagreement: float, to
     that costs too much of the saving, or no price brings it about. A path is judged by its cheapest plan within the
     tolerance.
     """
-    plain = Priced(plan_path(records, costs, max_disagreement), 0.0)
-    most = 1 - (1 - GIVEN_UP) * (1 - _cheapest(plain.path, tolerance).cost)
-    for priced in itertools.chain([plain], _priced(records, costs, max_disagreement)):
-        plan = _cheapest(priced.path, tolerance)
+    rising = (Priced(plan_path(records, costs, max_disagreement, miss_price=p), p) for p in (0.0, *PRICES))
+    plain = next(rising)
+    most = 1 - (1 - GIVEN_UP) * (1 - cheapest_within(plain.path, tolerance).cost)
+    for priced in itertools.chain([plain], rising):
+        plan = cheapest_within(priced.path, tolerance)
         if plan.cost > most:
             break
         if _few_slow(records, plan, costs):
             return priced
     return plain
-
-
-def _priced(records: Records, costs: CacheCosts, max_disagreement: float) -> Iterator[Priced]:
-    for price in PRICES:
-        yield Priced(plan_path(records, costs, max_disagreement, miss_price=price), price)
-
-
-def _cheapest(path: tuple[Candidate, ...], tolerance: float) -> Candidate:
-    return [plan for plan in path if plan.disagreement <= tolerance][-1]
 
 
 def _few_slow(records: Records, plan: Candidate, costs: CacheCosts) -> bool:
