@@ -3,7 +3,7 @@
 ResNet-18 of ../shared/models with caches that never hit, at batch 1 and 32, in eager mode and on the fastest back ends.
 The caches are of the shapes that fit() trains (untrained here: they never hit, so their weights do not matter): a
 student of 5.6 % of the FLOPs at the input and pooled ones behind it. Whole call and parts are made in turn, each twice
-in a row and timed the second time, as in `offramp.cost.race`.
+in a row and timed the second time: in use it finds the memory caches full of its own data.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 """

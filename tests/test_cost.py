@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from offramp.cost import (
     flop_shares,
     measure,
     measure_caches,
+    race,
     shares,
     synchronizer,
     time_call,
@@ -192,6 +193,45 @@ def test_time_call_stops_at_its_budget_but_not_before_three_calls(monkeypatch: p
     result = time_call(lambda: calls.append(0), repeats=1000, budget_s=1.5)
     assert len(calls) == cost.WARM_UP_ROUNDS + cost.LEAST_ROUNDS
     assert result == timing(1000.0)  # the clock advances one second from one reading to the next
+
+
+@pytest.mark.parametrize(("call_s", "calls"), [(1e-4, 1 + cost.TURN_CALLS), (1e-3, 1 + 5), (0.2, 1 + 1)])
+def test_in_a_race_each_pauses_then_makes_some_calls_of_which_the_first_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, call_s: float, calls: int
+) -> None:
+    """A call on a cold memory cache takes ten times as long here."""
+    log: list[str] = []
+    clock = Clock(log)
+    monkeypatch.setattr(cost, "time", clock)
+
+    def racer(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            cold = log[-1] != name
+            log.append(name)
+            clock.now += seconds * (10 if cold else 1)
+
+        return call
+
+    first, second = race([racer("a", call_s), racer("b", 2 * call_s)], budget_s=0.0, synchronize=lambda: None)
+    assert (first.median_ms, second.median_ms) == pytest.approx((1e3 * call_s, 2e3 * call_s))
+    turns = [list(turn) for _, turn in groupby(log)]
+    assert [turn[0] for turn in turns[:4]] == ["pause", "a", "pause", "b"]
+    assert all(len(turn) == calls for turn in turns if turn[0] == "a")
+
+
+@dataclass
+class Clock:
+    """Time that passes only when told to."""
+
+    log: list[str]
+    now: float = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.log.append("pause")
+        self.now += seconds
 
 
 def test_the_cpu_needs_no_waiting() -> None:

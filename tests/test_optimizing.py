@@ -27,7 +27,7 @@ from offramp.parts import Fastest
 from offramp.rebuilding import OptimizedModel
 from offramp.splitting import split
 from offramp.streams import Batch
-from offramp.types import Certificate, Plan, PlannedCache, Timing
+from offramp.types import Certificate, CostTable, Plan, PlannedCache, Records, Timing
 
 TOLERANCE, ROWS = 0.05, 700
 CERTIFICATE = Certificate(TOLERANCE, 0.95, 1000, 0, 0.003, "by hand", 1, "", "", "2026-01-01")
@@ -156,38 +156,63 @@ def test_every_part_runs_on_the_fastest_back_end_and_answers_as_before(fake: Fak
 
 @pytest.mark.parametrize(
     ("threads", "full_on", "slower_ms", "part_on"),
-    [(2, "fake", 0.5, "fake"), (2, "fake", 9.0, "eager"), (1, "fake", 0.5, "eager"), (2, "eager", 0.5, "eager")],
+    [(2, "fake", 0.4, "fake"), (2, "fake", 9.0, "eager"), (1, "fake", 0.4, "eager"), (2, "eager", 0.4, "eager")],
 )
-def test_for_one_row_a_part_wakes_the_threads_of_torch_only_where_that_pays(
+def test_a_part_wakes_the_threads_of_torch_only_where_that_pays(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, threads: int, full_on: str, slower_ms: float, part_on: str
 ) -> None:
-    """Eager is faster for the parts by themselves here, for one row and for many."""
+    """Eager is faster for the parts by themselves here."""
+    assert _where(monkeypatch, threads, full_on, "eager", slower_ms) == {"full": full_on, "parts": part_on}
+
+
+@pytest.mark.parametrize(("slower_ms", "part_on"), [(0.4, "fake"), (0.6, "other")])
+def test_other_threads_have_to_win_by_less_where_they_are_not_those_of_torch(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, slower_ms: float, part_on: str
+) -> None:
+    monkeypatch.setitem(BACKENDS, "other", Other())
+    found = _where(monkeypatch, 2, "fake", "other", slower_ms, backends=["fake", "other"])
+    assert found == {"full": "fake", "parts": part_on}
+
+
+class Other(Fake):
+    name = "other"
+
+
+def _where(
+    monkeypatch: pytest.MonkeyPatch, threads: int, full_on: str, parts_on: str, slower_ms: float, **options: Any
+) -> dict[str, str]:
+    """Where the full model and the parts run, for one row as for many, if these are fastest by themselves."""
     timed_parts: list[str] = []
 
     def timed(built: Sequence[Any], inputs: tuple[Tensor, ...], rows: int) -> dict[tuple[str, str], float]:
-        winner = full_on if len(timed_parts) < 2 else "eager"
+        winner = full_on if len(timed_parts) < 2 else parts_on
         timed_parts.append(winner)
         return {other.kind: 1.0 if other.backend == winner else 1.0 + slower_ms for other in built}
 
     monkeypatch.setattr(parts, "_timed", timed)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    told = run(make()).summary["optimized"]["parts"]
-    where = {(one["part"] == "full model", one["rows"]): one["backend"] for one in told}
-    assert where == {
-        (True, 1): full_on,
-        (True, 32): full_on,
-        (False, 1): part_on,
-        (False, 32): "eager",
-    }
+    told = run(make(), **options).summary["optimized"]["parts"]
+    where = {("full" if one["part"] == "full model" else "parts", one["backend"]) for one in told}
+    assert {one["rows"] for one in told} == {1, 32}
+    assert len(where) == 2, "for one row as for many"
+    return dict(where)
 
 
-def test_a_cut_that_the_cheapest_plan_does_not_use_is_not_made(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here both caches are said to be worth their cuts, and the later one knows nothing that the earlier does not."""
-    monkeypatch.setattr(optimizing, "worthwhile", lambda _, costs, *__: [one.name for one in costs.caches])
+def test_caches_are_dropped_until_all_that_are_left_are_worth_their_cuts(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the last of those that are left never is."""
+    asked: list[list[str]] = []
+
+    def all_but_the_last(records: Records, costs: CostTable, *_: Any) -> list[str]:
+        asked.append([cache.name for cache in costs.caches])
+        return asked[-1][:-1]
+
+    monkeypatch.setattr(optimizing, "worthwhile", all_but_the_last)
     optimized = run(make())
-    assert [cache.name for cache in optimized.plan.caches] == ["early"]
-    told = {one["part"] for one in optimized.summary["optimized"]["parts"]}
-    assert told == {"full model", "input to 1", "cache early", "1 to the end"}
+    assert asked == [["early", "late"], ["early"]]
+    assert not optimized.plan.caches
+    assert {one["part"] for one in optimized.summary["optimized"]["parts"]} == {"full model"}
 
 
 def test_how_the_full_model_did_on_each_back_end_is_told(fake: Fake) -> None:

@@ -42,6 +42,8 @@ Progress = Callable[[str], None]
 WARM_UP_ROUNDS = 2
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 50
+PAUSE_S = 0.02  # torch's threads stay awake for some 10 ms after a parallel region, those of other runtimes not as long
+TURN_CALLS, TURN_MS = 8, 5.0  # timed calls of one turn of a race, and when no other one is begun
 ROUTING_ROWS = 8
 ROUTING_REPEATS = 30
 ROUTING_BUDGET_S = 0.1  # per measured call
@@ -101,18 +103,25 @@ def race(
 ) -> tuple[Timing, ...]:
     """Wall-clock times of several calls that are made in turn, so that a busy machine is as slow for all of them.
 
-    Each is made twice in a row and timed the second time: in use, it finds the memory caches full of its own data.
+    Each has the machine to itself: a pause lets the threads of the runtime before it go to sleep, and the first call of
+    its turn, which finds the memory caches full of other data, is not timed.
     """
 
     def turn() -> list[float]:
-        times_ms = []
-        for call in calls:
-            call()
-            times_ms.append(_timed(call, synchronize)[0])
-        return times_ms
+        return [_turn_ms(call, synchronize) for call in calls]
 
     with torch.inference_mode():
         return _alternate(turn, budget_s=budget_s)
+
+
+def _turn_ms(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+    """Median of a few calls in a row; of slow ones a single one."""
+    time.sleep(PAUSE_S)
+    call()
+    times_ms: list[float] = []
+    while not times_ms or (len(times_ms) < TURN_CALLS and sum(times_ms) < TURN_MS):
+        times_ms.append(_timed(call, synchronize)[0])
+    return float(np.median(times_ms))
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

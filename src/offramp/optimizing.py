@@ -33,7 +33,7 @@ from offramp.errors import InputError, StreamError
 from offramp.evaluation import compare_latency, say_all
 from offramp.model import CachedModel
 from offramp.parts import MANY, ONE, Layout, Race, lay_out
-from offramp.placement import CacheCosts, Candidate, cheapest_within, outcomes
+from offramp.placement import CacheCosts, Candidate, outcomes
 from offramp.progress import Bar, bar
 from offramp.rebuilding import OptimizedModel, Origin, hardware, model_of
 from offramp.splitting import SplitModel
@@ -291,19 +291,16 @@ class _Job:
 
     def tuned(self, race: Race) -> _Tuned:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
-        names, tolerance = [planned.name for planned in self.base.plan.caches], self.base.certificate.tolerance
-        layout, costs, records = self._observed(names, race)
-        kept = [] if records is None else worthwhile(records, costs, tolerance, self._path(records, costs).miss_price)
+        names = [planned.name for planned in self.base.plan.caches]
         while True:
-            if len(kept) < len(names):
-                names = kept
-                layout, costs, records = self._observed(names, race)
+            layout, costs, records = self._observed(names, race)
             if records is None:
                 return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
-            path = self._path(records, costs).path
-            kept = _used(layout, path, tolerance)  # with other cuts other caches pay
-            if not kept or len(kept) == len(names):
+            path, miss_price = self._path(records, costs)
+            kept = worthwhile(records, costs, self.base.certificate.tolerance, miss_price)
+            if len(kept) == len(names):
                 return _Tuned(layout, costs, path)
+            names = kept  # with fewer cuts, others may no longer pay
 
     def _path(self, records: Records, costs: CostTable) -> Priced:
         tolerance = self.base.certificate.tolerance
@@ -368,12 +365,6 @@ class _Job:
         """The full model alone, where the plan has turned out to be empty."""
         layout = layout.without_caches(in_float32=in_float32)
         return _Setting(layout, _costs(self.base, layout), plan, certificate)
-
-
-def _used(layout: Layout, path: Sequence[Candidate], tolerance: float) -> list[str]:
-    """The caches that answer in the cheapest plan within the tolerance, and those that they read."""
-    pairs = zip(layout.caches, cheapest_within(path, tolerance).thresholds_K, strict=True)
-    return [cache.name for cache, threshold in pairs if np.isfinite(threshold)]
 
 
 def _plan(cached: CachedModel, layout: Layout, candidate: Candidate, advice: str) -> Plan:

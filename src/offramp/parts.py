@@ -40,9 +40,11 @@ COMPARED_ROWS = 4  # that are compared one by one
 # Times the fastest: where the full model takes longer, for one row and for many, its parts are not built. Building
 # takes most of the time of an optimization, and a runtime that is far behind on the whole has not won a stage of it.
 FAR_BEHIND = 2.0
-# Torch's own threads keep the cores busy for milliseconds after each call and slow down what another runtime does next.
-# For one row that is more than a part takes, and a race between parts by themselves does not see it.
-SPINNING, SPIN_MS = frozenset({EAGER, "compile", "aotinductor"}), 5.0
+# Every runtime has threads of its own. After a call they stay awake for a while and slow down what another runtime does
+# next, torch's for longest. A race between parts by themselves does not see it, so a part on other threads than those
+# of the full model has to win by this.
+SPINNING = frozenset({EAGER, "compile", "aotinductor"})
+SPIN_MS, SWITCH_MS = 5.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ class _Built:
 
 
 class Race:
-    """Builds every part on every back end, and keeps the fastest, spinning included. A part that was built is not built
-    again.
+    """Builds every part on every back end, and keeps the fastest, woken threads included. A part that was built is not
+    built again.
 
     `left_out` says what was not taken, and why; `full_model`, how the full model did on each back end. A precision in
     which it differs from the backbone on more of the sample than `tolerance` is left out of all parts, and so is a back
@@ -261,17 +263,19 @@ class Race:
             built = list(self._built(name, module, inputs))
             times = {rows: _timed(built, inputs, rows) for rows in (ONE, MANY)}
             exact = [other for other in built if other.precision == FLOAT32]
-            won = functools.partial(_won, name, times=times, quiet=self._quiet(inputs))
+            won = functools.partial(_won, name, times=times, homes=self._homes(inputs))
             self._parts[name] = dataclasses.replace(won(built), in_float32=won(exact))
             if name == FULL:
                 self.full_model = [_tried(other, *times.values()) for other in built]
                 self._leave_out_slow(times)
         return self._parts[name]
 
-    def _quiet(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether torch's threads could stay asleep for one row: the full model, which is raced first, lets them."""
-        several_cores = inputs[0].device.type == "cpu" and torch.get_num_threads() > 1
-        return several_cores and FULL in self._parts and self._parts[FULL].choices[0].backend not in SPINNING
+    def _homes(self, inputs: Sequence[Tensor]) -> Mapping[int, str]:
+        """On which back end the full model, which is raced first, runs so many rows; where threads cannot be in each
+        other's way, nothing."""
+        if FULL not in self._parts or inputs[0].device.type != "cpu" or torch.get_num_threads() == 1:
+            return {}
+        return {choice.rows: choice.backend for choice in self._parts[FULL].choices}
 
     def _leave_out_slow(self, times: Mapping[int, Mapping[tuple[str, str], float]]) -> None:
         """Without the kinds on which the full model takes far longer than on the fastest, for one row and for many."""
@@ -361,16 +365,22 @@ def _tried(built: _Built, one: Mapping[tuple[str, str], float], many: Mapping[tu
 
 
 def _won(
-    name: str, built: Sequence[_Built], times: Mapping[int, Mapping[tuple[str, str], float]], *, quiet: bool
+    name: str, built: Sequence[_Built], times: Mapping[int, Mapping[tuple[str, str], float]], homes: Mapping[int, str]
 ) -> PlacedPart:
-    """The fastest for one row and for many; `quiet`: one that spins has to win one row by more than its spinning."""
+    """The fastest for one row and for many, threads that are woken beside those of the full model included."""
     fastest, choices = [], []
     for rows, ms in times.items():
-        spin_ms = SPIN_MS if quiet and rows == ONE else 0.0
-        best = min(built, key=lambda other: ms[other.kind] + spin_ms * (other.backend in SPINNING))
+        best = min(built, key=lambda other: ms[other.kind] + _woken_ms(other.backend, homes.get(rows, other.backend)))
         choices.append(Choice(name, rows, *best.kind, ms[best.kind], ms[EAGER, FLOAT32], best.difference))
         fastest.append(best)
     return PlacedPart(Fastest(fastest[0].one, fastest[1].many), tuple(choices))
+
+
+def _woken_ms(backend: str, home: str) -> float:
+    """What the threads of this back end cost those of the other, on which the full model runs."""
+    if backend == home or home in SPINNING:  # these are awake anyway
+        return 0.0
+    return SPIN_MS if backend in SPINNING else SWITCH_MS
 
 
 # -- once more -------------------------------------------------------------------------------------
