@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from test_candidates import candidates_of, image_recording, make_costs
 from test_distillation import Ticks
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from offramp.augment import is_image
 from offramp.caches import CacheShape
 from offramp.candidates import Candidates
 from offramp.distillation import Recipe, Stop
+from offramp.errors import StorageError
 from offramp.mixtures import Mixer, Mixtures, pasted_share
 from offramp.recording import TRAIN, Recording, record
 from offramp.search import Search
@@ -33,7 +33,8 @@ COUNT = 200
 @pytest.fixture(scope="module")
 def model() -> SplitModel:
     torch.manual_seed(0)
-    stages = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 12, 5)]
+    stages = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+    stages += [nn.Flatten(), nn.Linear(4 * 16 * 12, 5)]
     return split(nn.Sequential(*stages).eval(), torch.rand(4, 3, 16, 12))
 
 
@@ -48,8 +49,8 @@ def originals(recording: Recording) -> NDArray[np.intp]:
     return np.flatnonzero((recording.part_N == TRAIN) & (recording.copy_N == 0))
 
 
-def mixer(model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True) -> Mixer:
-    return Mixer(model, Classification(), recording, originals(recording), seed=seed, bfloat16=bfloat16)
+def mixer(model: SplitModel, recording: Recording, *, seed: int = 0, bfloat16: bool = True, **options: Any) -> Mixer:
+    return Mixer(model, Classification(), recording, originals(recording), seed=seed, bfloat16=bfloat16, **options)
 
 
 def asked(mixer: Mixer) -> Mixtures:
@@ -116,6 +117,19 @@ def test_the_logits_are_the_backbones_about_these_images(model: SplitModel, reco
     assert np.array_equal(mixtures.numbers, np.arange(len(mixtures.share_M)))
 
 
+def test_what_caches_read_of_them_is_kept_as_it_is_of_recorded_inputs(model: SplitModel, recording: Recording) -> None:
+    mixtures = asked(mixer(model, recording, bfloat16=False, keep=[1, 2]))
+    some = np.array([0, 3, 130, 200])
+    again = record(model, Classification(), [mixtures.images(some)], None, seed=0, bfloat16=False)
+    assert set(mixtures.features) == {1, 2}
+    for position, kept in mixtures.features.items():
+        assert kept.shape == (len(mixtures.share_M), *recording.features[position].shape[1:])
+        assert kept.dtype == recording.features[position].dtype
+        np.testing.assert_array_equal(kept[some], again.features[position][: len(some)])
+        torch.testing.assert_close(mixtures.at(position, some), torch.from_numpy(kept[some]).float())
+    torch.testing.assert_close(mixtures.at(0, some), mixtures.images(some))
+
+
 def test_there_are_so_many_per_row_and_no_more_than_the_most(
     model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,14 +157,14 @@ def test_what_the_backbone_has_no_answer_to_is_left_out(
     model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = mixer(model, recording)
-    logits = told._logits
+    say = told._said
 
-    def failing(images_BCHW: Tensor, *, bfloat16: bool) -> Tensor:
-        logits_BC = logits(images_BCHW, bfloat16=bfloat16)
-        logits_BC[::3, 0] = torch.nan
-        return logits_BC
+    def failing(images_BCHW: Tensor, *, bfloat16: bool) -> dict[Any, Tensor]:
+        said = say(images_BCHW, bfloat16=bfloat16)
+        said[None][::3, 0] = torch.nan
+        return said
 
-    monkeypatch.setattr(told, "_logits", failing)
+    monkeypatch.setattr(told, "_said", failing)
     mixtures = told.ask(stopped=lambda: False, progress=Ticks())
     assert 0 < len(mixtures.numbers) < told.count
     assert mixtures.logits_MC[mixtures.numbers].isfinite().all()
@@ -174,14 +188,14 @@ def test_a_backbone_that_fails_in_bfloat16_answers_in_its_own_precision(
 ) -> None:
     monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
     failing = mixer(model, recording)
-    logits = failing._logits
+    say = failing._said
 
-    def in_float32_only(images_BCHW: Tensor, *, bfloat16: bool) -> Tensor:
+    def in_float32_only(images_BCHW: Tensor, *, bfloat16: bool) -> dict[Any, Tensor]:
         if bfloat16:
             raise RuntimeError("not implemented for 'BFloat16'")
-        return logits(images_BCHW, bfloat16=False)
+        return say(images_BCHW, bfloat16=False)
 
-    monkeypatch.setattr(failing, "_logits", in_float32_only)
+    monkeypatch.setattr(failing, "_said", in_float32_only)
     assert torch.equal(asked(failing).logits_MC, asked(mixer(model, recording, bfloat16=False)).logits_MC)
 
 
@@ -231,23 +245,42 @@ def test_a_recipe_without_them_sees_none(model: SplitModel, recording: Recording
 def test_a_fit_in_a_workdir_asks_once(
     model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = candidates(model, recording, workdir=tmp_path / "new")
-    first.mix(first.mixer(bfloat16=True))
-    (file,) = (tmp_path / "new").glob("mixtures_*.safetensors")
-    again = candidates(model, recording, workdir=tmp_path / "new")
+    folder = tmp_path / "new"
+    first = candidates(model, recording, workdir=folder)
+    first.mix(first.mixer(bfloat16=True, keep=[1]))
+    again = candidates(model, recording, workdir=folder)
     with monkeypatch.context() as patched:
-        patched.setattr(Mixer, "_logits", lambda *_, **__: pytest.fail("asked again"))
-        known = again.mixer(bfloat16=True)
+        patched.setattr(Mixer, "_said", lambda *_, **__: pytest.fail("asked again"))
+        known = again.mixer(bfloat16=True, keep=[1])
         assert known.estimated_seconds() == 0
         again.mix(known)
     assert first.mixtures is not None
     assert again.mixtures is not None
     assert torch.equal(first.mixtures.logits_MC, again.mixtures.logits_MC)
+    np.testing.assert_array_equal(first.mixtures.features[1], again.mixtures.features[1])
     assert np.array_equal(first.mixtures.pair_M2, again.mixtures.pair_M2)
-    save_file({"logits": first.mixtures.logits_MC[1:].clone()}, file)
-    assert again.mixer(bfloat16=True).estimated_seconds() > 0, "of other mixtures: asked again"
-    file.write_bytes(file.read_bytes()[:50])
-    assert again.mixer(bfloat16=True).estimated_seconds() > 0, "damaged: asked again"
+    assert again.mixer(bfloat16=True, keep=[1, 2]).estimated_seconds() > 0, "what is read elsewhere is not known"
+    logits, feature = sorted(folder.iterdir(), key=lambda path: "logits" not in path.name)
+    whole = logits.read_bytes()
+    logits.write_bytes(whole[:50])
+    assert again.mixer(bfloat16=True, keep=[1]).estimated_seconds() > 0, "damaged: asked again"
+    logits.write_bytes(whole)
+    feature.unlink()
+    assert again.mixer(bfloat16=True).estimated_seconds() == 0
+    assert again.mixer(bfloat16=True, keep=[1]).estimated_seconds() > 0
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_all", full)
+    made = candidates(model, recording, workdir=tmp_path)
+    with pytest.raises(StorageError, match="what the backbone says about mixtures.*No space left"):
+        made.mix(made.mixer(bfloat16=True, keep=[1]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_said_in_one_fit_is_for_the_same_mixtures_only(
@@ -318,12 +351,40 @@ def test_without_students_and_where_they_are_not_wanted_nothing_is_asked(
         assert search.candidates.mixtures is None
 
 
-def test_only_students_train_on_them(model: SplitModel, recording: Recording) -> None:
+def test_students_and_trunks_train_on_them(model: SplitModel, recording: Recording) -> None:
     search = Search(candidates(model, recording), tolerance=0.05)
-    search.candidates.mix(search.candidates.mixer(bfloat16=True))
-    for position, kind in ((0, "student"), (1, "mlp"), (1, "conv")):
-        cache = search.candidates.build(model.points[position], CacheShape(kind, 8))  # type: ignore[arg-type]
-        assert search.recipe(cache).mixtures is (kind == "student")
+    made = search.candidates
+    caches = [
+        made.build(model.points[position], CacheShape(kind, 8))  # type: ignore[arg-type]
+        for position, kind in ((0, "student"), (1, "conv"), (2, "conv"), (1, "mlp"))
+    ]
+    assert not any(search.recipe(cache).mixtures for cache in caches)
+    made.mix(made.mixer(bfloat16=True, keep=[1]))
+    assert [search.recipe(cache).mixtures for cache in caches] == [True, True, False, False], "where these were kept"
+
+
+def test_trunks_see_what_the_backbone_makes_of_mixtures(model: SplitModel, recording: Recording) -> None:
+    made = candidates(model, recording)
+    made.mix(made.mixer(bfloat16=True, keep=[1]))
+    assert made.mixtures is not None
+    training = made._training(made.build(model.points[1], CacheShape("conv", 8)), RECIPE)
+    some = np.array([made.train_rows[0], len(recording), len(recording) + 7])
+    feature = training.examples.feature(some)
+    torch.testing.assert_close(feature[:1], torch.from_numpy(recording.features[1][some[:1]]).float())
+    torch.testing.assert_close(feature[1:], torch.from_numpy(made.mixtures.features[1][[0, 7]]).float())
+    assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_trunks_will_read_is_kept(
+    model: SplitModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Search(candidates(model, recording), tolerance=0.05)
+    points = [model.points[position] for position in (2, 1)]
+    trunks = [search.candidates.build(point, CacheShape("conv", 8)) for point in points]
+    monkeypatch.setattr(search, "_trunks", lambda reader: iter(trunks))
+    mixing = search._mixer([search.candidates.build(model.points[0], CacheShape("student", 8))])
+    assert mixing is not None
+    assert set(asked(mixing).features) == {1, 2}
 
 
 def test_images_of_a_recording_by_hand_can_be_mixed() -> None:
@@ -335,5 +396,6 @@ def test_images_of_a_recording_by_hand_can_be_mixed() -> None:
         np.array([0.25, 0.5], np.float32),
         np.zeros((2, 2), np.float32),
         torch.zeros(2, 4),
+        {},
     )
     assert mixtures.images(np.array([1])).shape == (1, 1, 8, 8)

@@ -36,7 +36,7 @@ from offramp.progress import Bar, bar
 from offramp.recording import CERTIFY, TRAIN, TUNE, Recording
 from offramp.splitting import SplitModel, SplitPoint
 from offramp.tasks import Classification
-from offramp.types import CostTable, Records, version
+from offramp.types import CostTable, Records
 
 MIN_WIDTH, MAX_WIDTH = 8, 192
 MAX_TUNE = 50_000  # tune rows that are looked at: the time of every search grows with them, its result hardly changes
@@ -231,8 +231,9 @@ class Candidates:
         if trained.log.steps:
             self.trained.append(trained)
 
-    def mixer(self, *, bfloat16: bool) -> Mixer:
-        """What can ask the backbone about mixtures of the train rows."""
+    def mixer(self, *, bfloat16: bool, keep: Sequence[int] = ()) -> Mixer:
+        """What can ask the backbone about mixtures of the train rows. keep: the positions behind the input at which
+        caches are to learn from them."""
         return Mixer(
             self.split,
             self.task,
@@ -240,16 +241,14 @@ class Candidates:
             self.train_rows,
             seed=self.seed,
             bfloat16=bfloat16,
-            known=self._stored_answers(bfloat16=bfloat16),
+            keep=keep,
+            folder=self.workdir,
         )
 
     def mix(self, mixer: Mixer) -> None:
         """Have mixtures for those recipes that want them."""
         with bar("asking about mixtures", mixer.count, show=self.show) as progress:
             self.mixtures = mixer.ask(stopped=lambda: self.stop.requested, progress=progress)
-        if self.workdir is not None and mixer.known is None and not self.stop.requested:
-            answers = {"logits": self.mixtures.logits_MC}
-            _store(self._answers_file(self.workdir, bfloat16=mixer.bfloat16), answers)
 
     def add(self, cache: Cache, log: TrainingLog) -> None:
         """Judge a cache that has learned by other means than gradient steps, and add it to the candidates."""
@@ -380,21 +379,6 @@ class Candidates:
     def _train_digest(self) -> str:
         """Of all train rows, so it takes a while."""
         return self.recording.fingerprint(TRAIN)
-
-    def _answers_file(self, workdir: Path, *, bfloat16: bool) -> Path:
-        """Of the backbone about mixtures: these are drawn from the train rows in their order."""
-        digest = hashlib.sha256(self.recording.keys_N[self.train_rows].tobytes())
-        digest.update(f"{self.split.fingerprint} {self.seed} {bfloat16} {version()}".encode())
-        return workdir / f"mixtures_{digest.hexdigest()[:16]}.safetensors"
-
-    def _stored_answers(self, *, bfloat16: bool) -> Tensor | None:
-        """What the backbone said about mixtures in an earlier run; None where there is nothing or it cannot be read."""
-        if self.workdir is None:
-            return None
-        try:
-            return load_file(self._answers_file(self.workdir, bfloat16=bfloat16))["logits"]
-        except (OSError, SafetensorError, KeyError):
-            return None
 
     def _file(self, cache: LearnedCache, recipe: Recipe) -> Path:
         assert self.store is not None

@@ -137,7 +137,7 @@ class Training:
             rows = labelled(recording, rows)
             self.label_N = recording.label_N
         cache.prepare(_as_input(features[np.sort(rows[:PREPARE_ROWS])]).to(device))
-        self.examples = _Examples(features, recording.logits_NC, mixtures)
+        self.examples = _Examples(position, recording, mixtures)
         if mixtures is not None:
             rows = np.concatenate([rows, len(recording) + mixtures.numbers])
         self.rows = _Rows(rows, recipe.batch_size, seed)
@@ -266,21 +266,17 @@ def cache_logits(
 class _Examples:
     """What there is to learn from, by number: the recorded rows, behind them the mixtures. On the CPU."""
 
-    def __init__(
-        self,
-        features: NDArray[np.generic],
-        logits_NC: NDArray[np.float32],
-        mixtures: Mixtures | None,
-    ) -> None:
-        self._features, self._logits_NC, self._mixtures = features, logits_NC, mixtures
+    def __init__(self, position: int, recording: Recording, mixtures: Mixtures | None) -> None:
+        self._position, self._mixtures = position, mixtures
+        self._features, self._logits_NC = recording.features[position], recording.logits_NC
 
     def feature(self, index: NDArray[np.intp]) -> Tensor:
         recorded, mixed = self._parted(index)
         feature = _as_input(self._features[recorded])
         if self._mixtures is None:
             return feature
-        images_BCHW = torch.cat([feature, self._mixtures.images(mixed)])
-        return images_BCHW.contiguous(memory_format=torch.channels_last)
+        joined = torch.cat([feature, self._mixtures.at(self._position, mixed)])
+        return joined.contiguous(memory_format=torch.channels_last) if joined.ndim == 4 else joined
 
     def target(self, index: NDArray[np.intp]) -> Tensor:
         """(B, C) what the backbone says."""

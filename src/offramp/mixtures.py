@@ -7,47 +7,64 @@ et al., arXiv 1710.09412, section 2), half have a rectangle of the other image i
 "function matching" (Beyer et al., arXiv 2106.05237, section 3) backbone and student see the same mixture, so whatever
 the backbone says about it is right. What they are worth is in docs/experiments.md.
 
-Only the backbone's logits are kept; the images are made anew, from the same draws, each time that they are needed.
+Only what the backbone makes of them is kept: its logits, and at some split points what caches read there. The images
+are made anew, from the same draws, each time that they are needed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offramp.observing import activations
 from offramp.precision import has_fast_bfloat16
 from offramp.progress import Bar
-from offramp.recording import MAX_BATCH, Recording, keeps_answers, takes_images
+from offramp.recording import MAX_BATCH, Recording, keeps_answers, storing, takes_images, unnamed_file, write_all
 from offramp.splitting import SplitModel
 from offramp.tasks import Classification
+from offramp.types import version
 
 PER_ROW, MOST = 2, 100_000  # mixtures per train row, and in all
+WHAT = "what the backbone says about mixtures"
+
+Column = int | None  # of what is kept: a split point's, by its position, or the logits
 
 
 @dataclass(frozen=True)
 class Mixtures:
     """M images to be. Each is made of the recorded inputs number `pair_M2`; `share_M` of it comes from the first. Those
     with an odd number have a rectangle of the second in them, which lies at `corner_M2` of the room that it has; the
-    others are sums. `logits_MC` is what the backbone says about them, NaN where it says nothing."""
+    others are sums. Of the first of them, as many as the backbone was asked about, `logits_MC` is what it says, NaN
+    where it has no answer, and `features` what caches at some split points read, by position: (M, *reduced shape)."""
 
     inputs: NDArray[Any]
     pair_M2: NDArray[np.intp]
     share_M: NDArray[np.float32]
     corner_M2: NDArray[np.float32]
     logits_MC: Tensor
+    features: Mapping[int, NDArray[Any]]
 
     @property
     def numbers(self) -> NDArray[np.intp]:
         """Of the mixtures about which the backbone has said something."""
         return np.flatnonzero(self.logits_MC.isfinite().all(1).numpy())
+
+    def at(self, position: int, index_B: NDArray[np.intp]) -> Tensor:
+        """(B, ...) float32, on the CPU: what caches at this split point read of the mixtures of these numbers."""
+        return torch.from_numpy(self.features[position][index_B]).float() if position else self.images(index_B)
 
     def images(self, index_B: NDArray[np.intp]) -> Tensor:
         """(B, C, H, W) float32, on the CPU: the mixtures of these numbers."""
@@ -78,8 +95,11 @@ def _between(side: int, length_B: Tensor, start_B: Tensor) -> Tensor:
 
 
 class Mixer:
-    """Asks the backbone about mixtures of these recorded rows. bfloat16: it may answer in it. known: (M, C) what it
-    said about all of them when it was asked before."""
+    """Asks the backbone about mixtures of these recorded rows.
+
+    bfloat16: it may answer in it. keep: the positions of split points, not the input's, at which caches are to learn
+    from them. folder: where what it says is kept until it has said all, for a later run; None: in files without a name.
+    """
 
     def __init__(
         self,
@@ -90,11 +110,16 @@ class Mixer:
         *,
         seed: int,
         bfloat16: bool,
-        known: Tensor | None = None,
+        keep: Sequence[int] = (),
+        folder: Path | None = None,
     ) -> None:
         self._split, self._task, self._recording, self._rows = split, task, recording, rows
-        self._seed, self.bfloat16 = seed, bfloat16
-        self.known = known if known is not None and len(known) == self.count else None
+        self._seed, self._bfloat16, self._folder = seed, bfloat16, folder
+        reduced = {position: recording.features[position] for position in keep}
+        self._columns: dict[Column, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            None: (recording.logits_NC.shape[1:], np.dtype(np.float32)),
+            **{position: (feature.shape[1:], feature.dtype) for position, feature in reduced.items()},
+        }
 
     @property
     def suits(self) -> bool:
@@ -106,27 +131,42 @@ class Mixer:
         """How many mixtures these rows are worth."""
         return min(PER_ROW * len(self._rows), MOST)
 
+    @cached_property
+    def known(self) -> bool:
+        """Whether an earlier run has asked about all of them."""
+        return self._folder is not None and all(map(self._is_whole, self._columns))
+
     def ask(self, *, stopped: Callable[[], bool], progress: Bar) -> Mixtures:
-        """`count` mixtures; the backbone is asked about no more of them once the user has stopped it."""
-        if self.known is not None:
+        """`count` mixtures; the backbone is asked about no more of them once the user has stopped it. StorageError
+        where the disk is full."""
+        if self.known:
             progress.advance(self.count)
-            return replace(self._drawn, logits_MC=self.known)
-        fast, logits_MC = self._faithful, self._drawn.logits_MC.clone()
-        for start in range(0, self.count, MAX_BATCH):
-            if stopped():
-                break
-            index_B = np.arange(start, min(start + MAX_BATCH, self.count))
-            logits_MC[index_B] = self._logits(self._drawn.images(index_B), bfloat16=fast)
-            progress.advance(len(index_B))
-        return replace(self._drawn, logits_MC=logits_MC)
+            return self._mixtures(
+                {column: self._mapped(self._file(column), column, self.count) for column in self._columns}
+            )
+        fast, asked = self._faithful, 0
+        with storing(WHAT, self._folder), ExitStack() as opened:
+            files = {column: opened.enter_context(self._new(column)) for column in self._columns}
+            while asked < self.count and not stopped():
+                index_B = np.arange(asked, min(asked + MAX_BATCH, self.count))
+                said = self._said(self._drawn.images(index_B), bfloat16=fast)
+                for column, file in files.items():
+                    write_all(file, said[column].cpu().numpy().tobytes())
+                asked += len(index_B)
+                progress.advance(len(index_B))
+            mixtures = self._mixtures({column: self._mapped(file, column, asked) for column, file in files.items()})
+            if self._folder is not None and asked == self.count:
+                for column in files:
+                    os.replace(self._unfinished(column), self._file(column))
+        return mixtures
 
     def estimated_seconds(self) -> float:
         """Of `ask`, from one timed batch; 0 where it was asked before."""
-        if self.known is not None:
+        if self.known:
             return 0.0
         fast, some_BCHW = self._faithful, self._drawn.images(self._first)
         started = time.monotonic()
-        self._logits(some_BCHW, bfloat16=fast)
+        self._said(some_BCHW, bfloat16=fast)
         return (time.monotonic() - started) * self.count / len(self._first)
 
     @cached_property
@@ -135,8 +175,8 @@ class Mixer:
         random, count = np.random.default_rng(self._seed), self.count
         pair_M2 = random.choice(self._rows, (count, 2))
         share_M, corner_M2 = random.random(count, dtype=np.float32), random.random((count, 2), dtype=np.float32)
-        nothing_yet = torch.tensor(torch.nan).expand(count, self._recording.logits_NC.shape[1])
-        return Mixtures(self._recording.features[0], pair_M2, share_M, corner_M2, nothing_yet)
+        nothing_yet = torch.empty(0, self._recording.logits_NC.shape[1])
+        return Mixtures(self._recording.features[0], pair_M2, share_M, corner_M2, nothing_yet, {})
 
     @property
     def _first(self) -> NDArray[np.intp]:
@@ -145,15 +185,63 @@ class Mixer:
     @cached_property
     def _faithful(self) -> bool:
         """Whether the backbone keeps its answers in bfloat16, and the hardware multiplies that."""
-        if not self.bfloat16 or not has_fast_bfloat16(self._split.device):
+        if not self._bfloat16 or not has_fast_bfloat16(self._split.device):
             return False
         some_BCHW = self._drawn.images(self._first)
         return keeps_answers(partial(self._logits, some_BCHW), self._task)
 
-    @torch.no_grad()
     def _logits(self, images_BCHW: Tensor, *, bfloat16: bool) -> Tensor:
-        """(B, C) the backbone's, on the CPU."""
-        batch = self._split.example.passing(images_BCHW).to(self._split.device)
-        with torch.autocast(self._split.device.type, torch.bfloat16, enabled=bfloat16):
-            leaves = self._split.backbone_leaves(batch)
-        return self._task.logits(leaves).float().cpu()
+        return self._said(images_BCHW, bfloat16=bfloat16)[None]
+
+    @torch.no_grad()
+    def _said(self, images_BCHW: Tensor, *, bfloat16: bool) -> dict[Column, Tensor]:
+        """What is kept of these: (B, C) logits, and what caches read at the split points."""
+        batch = self._split.example.passing(images_BCHW)
+        features, logits_BC = activations(self._split, self._recording.reductions, self._task, batch, bfloat16=bfloat16)
+        return {column: logits_BC if column is None else features[column] for column in self._columns}
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def _mixtures(self, said: Mapping[Column, NDArray[Any]]) -> Mixtures:
+        logits_MC = torch.from_numpy(said[None])
+        return replace(self._drawn, logits_MC=logits_MC, features={at: said[at] for at in said if at is not None})
+
+    def _mapped(self, file: IO[bytes] | Path, column: Column, rows: int) -> NDArray[Any]:
+        shape, dtype = self._columns[column]
+        if not rows:
+            return np.zeros((0, *shape), dtype)
+        return np.memmap(file, dtype, "r+", shape=(rows, *shape))  # torch takes no read-only maps
+
+    def _is_whole(self, column: Column) -> bool:
+        shape, dtype = self._columns[column]
+        path = self._file(column)
+        return path.exists() and path.stat().st_size == self.count * math.prod(shape) * dtype.itemsize
+
+    @contextmanager
+    def _new(self, column: Column) -> Iterator[IO[bytes]]:
+        """An empty file for a column; in a folder under another name until all columns are whole."""
+        if self._folder is None:
+            with unnamed_file(WHAT, None) as unnamed:
+                yield unnamed
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._unfinished(column)
+        try:
+            with path.open("wb+", buffering=0) as file:
+                yield file
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _unfinished(self, column: Column) -> Path:
+        return self._file(column).with_suffix(".tmp")
+
+    def _file(self, column: Column) -> Path:
+        assert self._folder is not None
+        return self._folder / f"mixtures_{self._digest}_{'logits' if column is None else column}.bin"
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of all that decides what is said: mixtures are drawn from the rows in their order."""
+        digest = hashlib.sha256(self._recording.keys_N[self._rows].tobytes())
+        digest.update(f"{self._split.fingerprint} {self._seed} {self._bfloat16} {version()}".encode())
+        return digest.hexdigest()[:16]

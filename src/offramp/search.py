@@ -6,7 +6,8 @@
     pooled     probes on the pooled activation of every split point: cheap, and enough late in the backbone. In
                sequences the order of the positions counts, hence a small convolution over them.
     trunks     convolutional caches on feature maps of the backbone's second half. Before it they know no more than the
-               student, at its end pooled caches know as much (docs/experiments.md).
+               student, at its end pooled caches know as much (docs/experiments.md). Like students they learn from
+               mixtures too, where there are any.
 
 Later caches read the logits of the student that the best plan so far ends with (`offramp.blending`); in the end pooled
 ones behind a trunk that is in the best plan read that trunk instead, and through it the student. What is enabled is
@@ -54,8 +55,8 @@ class Search:
 
     student_shares: of the backbone's FLOPs, the most that each student may cost, rising; none: no students. pooled,
     trunks: whether there are these rounds. reads: whether later caches read the logits of a student.
-    student_temperature: of the students' recipes. mixtures: whether students of images train on them as well, where
-    there is time. bfloat16: of all recipes.
+    student_temperature: of the students' recipes. mixtures: whether students of images, and trunks, train on them as
+    well, where there is time. bfloat16: of all recipes.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Search:
         """Ends early, with what there is, when the user stops it."""
         students, time_left = list(self._students()), self.candidates.time_left
         mixer = self._mixer(students)
-        if mixer is not None and mixer.known is not None:  # an earlier run has asked
+        if mixer is not None and mixer.known:  # an earlier run has asked
             self.candidates.mix(mixer)
         pooled_s = trunks_s = students_s = None
         if time_left is not None:
@@ -121,7 +122,8 @@ class Search:
         """What makes mixtures for these students, where they can have any."""
         if not students or not self.mixtures:
             return None
-        mixer = self.candidates.mixer(bfloat16=self.bfloat16)
+        trunks = {self.candidates.position(trunk) for trunk in self._trunks(None)}
+        mixer = self.candidates.mixer(bfloat16=self.bfloat16, keep=sorted(trunks))
         return mixer if mixer.suits else None
 
     def _after_mixing(self, mixer: Mixer | None, students: list[LearnedCache], limit_s: float | None) -> float | None:
@@ -206,10 +208,10 @@ class Search:
         passes, most = {"student": (60, 3_000_000), "transformer": (40, 1_500_000)}.get(kind, (40, 400_000))
         rows = int(np.clip(passes * n, 30_000, most))
         recipe = Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
-        if position:
-            return recipe
-        mixtures = self.candidates.mixtures is not None
-        return dataclasses.replace(recipe, temperature=self.student_temperature, mixtures=mixtures)
+        mixtures = self.candidates.mixtures
+        mixed = mixtures is not None and (not position or (kind == "conv" and position in mixtures.features))
+        recipe = dataclasses.replace(recipe, mixtures=mixed)
+        return recipe if position else dataclasses.replace(recipe, temperature=self.student_temperature)
 
     # -- time --------------------------------------------------------------------------------------
 
