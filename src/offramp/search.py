@@ -209,7 +209,7 @@ class Search:
         rows = int(np.clip(passes * n, 30_000, most))
         recipe = Recipe(rows=rows, batch_size=min(128, max(16, n // 8)), learning_rate=4e-3)
         mixtures = self.candidates.mixtures
-        mixed = mixtures is not None and (not position or (kind == "conv" and position in mixtures.features))
+        mixed = mixtures is not None and (not position or position in mixtures.features)
         recipe = dataclasses.replace(recipe, mixtures=mixed)
         return recipe if position else dataclasses.replace(recipe, temperature=self.student_temperature)
 
