@@ -313,10 +313,28 @@ def test_a_back_end_on_which_the_full_model_is_far_behind_is_not_tried_on_its_pa
     assert {part["precision"] for part in optimized.summary["optimized"]["parts"]} == {"int8"}
 
 
-def test_a_full_model_that_cannot_be_certified_runs_in_float32(fake: Fake) -> None:
-    """Here because it is wrong for one row alone, which the sample does not show."""
+def wrong_for_one_row(fake: Fake) -> None:
+    """In INT8; the sample is asked many at a time and does not show it."""
     fake.faster_static = True  # type: ignore[misc]
     fake.wrong = {"int8": nowhere, "int8_static": lambda x: somewhere(0.3)(x) & (x.shape[1] == 6)}
+
+
+def test_a_precision_in_which_the_full_model_would_not_be_certified_is_left_out_and_the_caches_stay(fake: Fake) -> None:
+    wrong_for_one_row(fake)
+    optimized = run(make(), precision="int8")
+    told = optimized.summary["optimized"]
+    (why,) = told["left_out"]
+    assert why.startswith("fake in int8: the full model answers ")
+    assert "tuning inputs differently there, too many to certify 5 % on" in why
+    assert [one["precision"] for one in told["full_model"]] == ["int8", "float32", "float32"], "it is still told"
+    assert {part["precision"] for part in told["parts"]} == {"float32"}
+    assert optimized.plan.caches
+
+
+def test_a_full_model_that_cannot_be_certified_runs_in_float32(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the tune rows are not asked about it."""
+    monkeypatch.setattr(optimizing._Job, "_leaves_nothing", lambda *_: False)
+    wrong_for_one_row(fake)
     cached = make()
     optimized = run(cached, precision="int8")
     assert optimized.plan.caches == ()

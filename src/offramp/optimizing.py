@@ -32,7 +32,7 @@ from offramp.cuts import worthwhile
 from offramp.errors import InputError, StreamError
 from offramp.evaluation import compare_latency, say_all
 from offramp.model import CachedModel
-from offramp.parts import MANY, ONE, Layout, Race, lay_out
+from offramp.parts import FLOAT32, FULL, MANY, ONE, Layout, Race, lay_out
 from offramp.placement import CacheCosts, Candidate, outcomes
 from offramp.progress import Bar, bar
 from offramp.rebuilding import OptimizedModel, Origin, hardware, model_of
@@ -293,9 +293,13 @@ class _Job:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
         names = [planned.name for planned in self.base.plan.caches]
         while True:
-            layout, costs, records = self._observed(names, race)
-            if records is None:
+            layout, costs = self._laid_out(names, race)
+            if not layout.caches:
                 return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
+            one, many = self._said("tuning", layout, self.rows.tune, self.tune_answers)
+            if self._leaves_nothing(max(one.full_errors, many.full_errors), layout, race):
+                continue
+            records = one.records
             path, miss_price = self._path(records, costs)
             kept = worthwhile(records, costs, self.base.certificate.tolerance, miss_price)
             if len(kept) == len(names):
@@ -306,15 +310,25 @@ class _Job:
         tolerance = self.base.certificate.tolerance
         return steady_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance, tolerance)
 
-    def _observed(self, names: Sequence[str], race: Race) -> tuple[Layout, CostTable, Records | None]:
-        """What these caches say of the tune rows, one at a time; None where there are no caches."""
+    def _laid_out(self, names: Sequence[str], race: Race) -> tuple[Layout, CostTable]:
         layout = lay_out(self.base, names, race, self.rows.sample, show=self.show)
-        costs = _costs(self.base, layout)
-        if not layout.caches:
-            return layout, costs, None
-        with bar("tuning", len(self.rows.tune), show=self.show) as running:
-            said = _observe(self.base.task, layout, self.rows.tune, self.tune_answers, ONE, running)
-            return layout, costs, said.records
+        return layout, _costs(self.base, layout)
+
+    def _leaves_nothing(self, full_errors: int, layout: Layout, race: Race) -> bool:
+        """Whether the full model in lower precision differs on so many tune rows that it would not be certified. Then
+        that precision is left out there: with it, the model would have no caches either."""
+        certificate, n, certifying = self.base.certificate, len(self.rows.tune), len(self.rows.certify)
+        lower = {choice.kind for choice in layout.parts[FULL].choices if choice.precision != FLOAT32}
+        tolerance, rate = certificate.tolerance, full_errors / n
+        passes = rate < tolerance and inputs_needed(tolerance, certificate.confidence_level, rate) <= certifying
+        if passes or not lower:
+            return False
+        race.leave_out(
+            lower,
+            f"the full model answers {full_errors} of {n} tuning inputs differently there, too many to certify "
+            f"{100 * tolerance:g} % on {certifying}",
+        )
+        return True
 
     def certified(self, tuned: _Tuned) -> tuple[_Setting, Certificate]:
         """The cheapest plan that passes, or the full model in float32 where nothing does; and the full model's own
@@ -324,9 +338,7 @@ class _Job:
         to the first that fails hold together, so it does not matter which of the programs answers a request.
         """
         base, layout, n = self.base, tuned.layout, len(self.rows.certify)
-        with bar("certifying", 2 * n, show=self.show) as running:
-            rows, answers_N = self.rows.certify, self.certify_answers
-            said = [_observe(base.task, layout, rows, answers_N, size, running) for size in (ONE, MANY)]
+        said = self._said("certifying", layout, self.rows.certify, self.certify_answers)
         errors = [side.full_errors for side in said]
         errors += [side.errors(plan) for plan in tuned.path[1:] for side in said]
         tolerance, level = base.certificate.tolerance, base.certificate.confidence_level
@@ -358,6 +370,11 @@ class _Job:
         if not plan.caches:
             return self.without_caches(layout, plan, certificate(0)), certificate(0)
         return _Setting(layout, tuned.costs, plan, certificate(last)), certificate(0)
+
+    def _said(self, doing: str, layout: Layout, rows: Batch, answers_N: Tensor) -> list[_Said]:
+        """By the programs for one row, and by those for many. answers_N: the backbone's."""
+        with bar(doing, 2 * len(rows), show=self.show) as running:
+            return [_observe(self.base.task, layout, rows, answers_N, size, running) for size in (ONE, MANY)]
 
     def without_caches(
         self, layout: Layout, plan: Plan, certificate: Certificate, *, in_float32: bool = False

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -62,6 +62,10 @@ class Choice:
     eager_ms: float
     difference: float
 
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.backend, self.precision
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -74,6 +78,10 @@ class Tried:
     many_ms: float
     difference: float
     disagreement: float
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.backend, self.precision
 
 
 class Fastest(nn.Module):
@@ -266,9 +274,19 @@ class Race:
             won = functools.partial(_won, name, times=times, homes=self._homes(inputs))
             self._parts[name] = dataclasses.replace(won(built), in_float32=won(exact))
             if name == FULL:
-                self.full_model = [_tried(other, *times.values()) for other in built]
+                before = [tried for tried in self.full_model if tried.kind not in times[ONE]]
+                self.full_model = before + [_tried(other, *times.values()) for other in built]
                 self._leave_out_slow(times)
         return self._parts[name]
+
+    def leave_out(self, kinds: Collection[tuple[str, str]], why: str) -> None:
+        """From now on without these back ends in these precisions; all parts are raced anew."""
+        self.kinds = [
+            (backend, precision) for backend, precision in self.kinds if (backend.name, precision) not in kinds
+        ]
+        self._parts.clear()
+        for backend, precision in kinds:
+            self._leave_out(f"{backend} in {precision}: {why}")
 
     def _homes(self, inputs: Sequence[Tensor]) -> Mapping[int, str]:
         """On which back end the full model, which is raced first, runs so many rows; where threads cannot be in each
