@@ -53,10 +53,17 @@ def test_a_late_cache_that_hardly_saves_is_used_where_it_makes_slow_requests_few
     assert [one.cost for one in path if one.disagreement <= TOLERANCE][-1] <= plain.cost + tail.GIVEN_UP
 
 
-def test_where_no_price_makes_them_few_misses_have_none() -> None:
-    hard = records(0.5, 0.6)
-    assert slow(hard, COSTS) > FEW
-    assert steady_path(hard, COSTS, 3 * TOLERANCE, TOLERANCE).miss_price == 0
+def test_where_no_price_makes_them_few_it_is_the_one_that_leaves_the_fewest() -> None:
+    of = records(0.8, 0.9)
+    plain = plan_path(of, COSTS, TOLERANCE)[-1]
+    path, _ = steady_path(of, COSTS, 3 * TOLERANCE, TOLERANCE)
+    assert FEW < slow(of, COSTS) < 0.8 * (request_costs(of, plain.thresholds_K, COSTS) > SLOW).mean()
+    kept = 1 - [one.cost for one in path if one.disagreement <= TOLERANCE][-1]
+    assert kept >= (1 - tail.GIVEN_UP) * (1 - plain.cost)
+
+
+def test_where_no_price_leaves_fewer_misses_have_none() -> None:
+    assert steady_path(records(0.5, 0.6), LATE, 3 * TOLERANCE, TOLERANCE).miss_price == 0
 
 
 def test_where_it_would_cost_too_much_misses_have_no_price(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ percentile itself would leave a path of plans with gaps.
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 from offramp.placement import CacheCosts, Candidate, cheapest_within, plan_path, request_costs
@@ -28,22 +27,24 @@ class Priced(NamedTuple):
 
 
 def steady_path(records: Records, costs: CacheCosts, max_disagreement: float, tolerance: float) -> Priced:
-    """The path of `placement.plan_path` at the lowest price of a miss at which few requests are slow; at none where
-    that costs too much of the saving, or no price brings it about. A path is judged by its cheapest plan within the
-    tolerance.
+    """The path of `placement.plan_path` at the lowest price of a miss at which few requests are slow; where none brings
+    that about within what may be given up, at the one that leaves the fewest. A path is judged by its cheapest plan
+    within the tolerance.
     """
     rising = (Priced(plan_path(records, costs, max_disagreement, miss_price=p), p) for p in (0.0, *PRICES))
-    plain = next(rising)
-    most = 1 - (1 - GIVEN_UP) * (1 - cheapest_within(plain.path, tolerance).cost)
-    for priced in itertools.chain([plain], rising):
+    best = next(rising)
+    plain = cheapest_within(best.path, tolerance)
+    most, fewest = 1 - (1 - GIVEN_UP) * (1 - plain.cost), _slow_share(records, plain, costs)
+    for priced in rising:
         plan = cheapest_within(priced.path, tolerance)
-        if plan.cost > most:
+        if fewest <= FEW or plan.cost > most:
             break
-        if _few_slow(records, plan, costs):
-            return priced
-    return plain
+        share = _slow_share(records, plan, costs)
+        if share < fewest:
+            best, fewest = priced, share
+    return best
 
 
-def _few_slow(records: Records, plan: Candidate, costs: CacheCosts) -> bool:
-    slow = (request_costs(records, plan.thresholds_K, costs) > SLOW).sum()
-    return bool(slow <= FEW * len(records))
+def _slow_share(records: Records, plan: Candidate, costs: CacheCosts) -> float:
+    slow = int((request_costs(records, plan.thresholds_K, costs) > SLOW).sum())
+    return slow / max(len(records), 1)
