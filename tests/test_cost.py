@@ -195,7 +195,7 @@ def test_time_call_stops_at_its_budget_but_not_before_three_calls(monkeypatch: p
     assert result == timing(1000.0)  # the clock advances one second from one reading to the next
 
 
-@pytest.mark.parametrize(("call_s", "calls"), [(1e-4, 1 + cost.TURN_CALLS), (1e-3, 1 + 5), (0.2, 1 + 1)])
+@pytest.mark.parametrize(("call_s", "calls"), [(1e-4, 1 + cost.TURN_CALLS), (1.1e-3, 1 + 5), (0.2, 1 + 1)])
 def test_in_a_race_each_pauses_then_makes_some_calls_of_which_the_first_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, call_s: float, calls: int
 ) -> None:

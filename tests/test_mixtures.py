@@ -21,7 +21,7 @@ from offramp.caches import CacheShape
 from offramp.candidates import Candidates
 from offramp.distillation import Recipe, Stop
 from offramp.errors import StorageError
-from offramp.mixtures import Mixer, Mixtures, pasted_share
+from offramp.mixtures import Mixer, Mixtures, pasted_share, suits_mixing
 from offramp.recording import TRAIN, Recording, record
 from offramp.search import Search
 from offramp.splitting import SplitModel, split
@@ -201,10 +201,10 @@ def test_a_backbone_that_fails_in_bfloat16_answers_in_its_own_precision(
 
 def test_they_suit_images_that_were_recorded_and_nothing_else(model: SplitModel, recording: Recording) -> None:
     assert is_image((3, 16, 12), floating=True)
-    assert mixer(model, recording).suits
+    assert suits_mixing(model, recording)
     flat = split(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.rand(4, 6))
     vectors = record(flat, Classification(), [torch.rand(60, 6)], None, seed=0)
-    assert not mixer(flat, vectors).suits
+    assert not suits_mixing(flat, vectors)
 
 
 # --- who learns from them -------------------------------------------------------------------------
@@ -254,11 +254,13 @@ def test_a_fit_in_a_workdir_asks_once(
         known = again.mixer(bfloat16=True, keep=[1])
         assert known.estimated_seconds() == 0
         again.mix(known)
-    assert first.mixtures is not None
+    anew = candidates(model, recording)
+    anew.mix(anew.mixer(bfloat16=True, keep=[1]))
     assert again.mixtures is not None
-    assert torch.equal(first.mixtures.logits_MC, again.mixtures.logits_MC)
-    np.testing.assert_array_equal(first.mixtures.features[1], again.mixtures.features[1])
-    assert np.array_equal(first.mixtures.pair_M2, again.mixtures.pair_M2)
+    assert anew.mixtures is not None
+    assert torch.equal(again.mixtures.logits_MC, anew.mixtures.logits_MC)
+    np.testing.assert_array_equal(again.mixtures.features[1], anew.mixtures.features[1])
+    assert np.array_equal(again.mixtures.pair_M2, anew.mixtures.pair_M2)
     assert again.mixer(bfloat16=True, keep=[1, 2]).estimated_seconds() > 0, "what is read elsewhere is not known"
     logits, feature = sorted(folder.iterdir(), key=lambda path: "logits" not in path.name)
     whole = logits.read_bytes()
@@ -270,16 +272,18 @@ def test_a_fit_in_a_workdir_asks_once(
     assert again.mixer(bfloat16=True, keep=[1]).estimated_seconds() > 0
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(
-    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_workdir", [True, False])
+def test_a_full_disk_is_told_once_and_leaves_nothing(
+    model: SplitModel, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, in_workdir: bool
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_all", full)
-    made = candidates(model, recording, workdir=tmp_path)
-    with pytest.raises(StorageError, match="what the backbone says about mixtures.*No space left"):
+    made = candidates(model, recording, workdir=tmp_path if in_workdir else None)
+    with pytest.raises(StorageError, match="what the backbone says about mixtures.*No space left") as raised:
         made.mix(made.mixer(bfloat16=True, keep=[1]))
+    assert str(raised.value).count("could not write") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -165,13 +165,14 @@ def test_a_part_wakes_the_threads_of_torch_only_where_that_pays(
     assert _where(monkeypatch, threads, full_on, "eager", slower_ms) == {"full": full_on, "parts": part_on}
 
 
-@pytest.mark.parametrize(("slower_ms", "part_on"), [(0.4, "fake"), (0.6, "other")])
+@pytest.mark.parametrize("full_on", ["fake", "eager"])
+@pytest.mark.parametrize(("slower_ms", "moves"), [(0.4, False), (0.6, True)])
 def test_other_threads_have_to_win_by_less_where_they_are_not_those_of_torch(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch, slower_ms: float, part_on: str
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, full_on: str, slower_ms: float, *, moves: bool
 ) -> None:
     monkeypatch.setitem(BACKENDS, "other", Other())
-    found = _where(monkeypatch, 2, "fake", "other", slower_ms, backends=["fake", "other"])
-    assert found == {"full": "fake", "parts": part_on}
+    found = _where(monkeypatch, 2, full_on, "other", slower_ms, backends=["fake", "other"])
+    assert found == {"full": full_on, "parts": "other" if moves else full_on}
 
 
 class Other(Fake):
@@ -331,9 +332,37 @@ def test_a_precision_in_which_the_full_model_would_not_be_certified_is_left_out_
     assert optimized.plan.caches
 
 
+def test_it_is_left_out_for_so_many_rows_alone(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT8 is wrong for one row, where one back end is the fastest; another one is for many."""
+    wrong_for_one_row(fake)
+    monkeypatch.setitem(BACKENDS, "other", Other())
+
+    def timed(built: Sequence[Any], inputs: tuple[Tensor, ...], rows: int) -> dict[tuple[str, str], float]:
+        fast = {"int8": 1.0, "float32": 1.5}
+        return {one.kind: fast[one.precision] + 0.3 * ((one.backend == "fake") != (rows == 1)) for one in built}
+
+    monkeypatch.setattr(parts, "_timed", timed)
+    told = run(make(), precision="int8", backends=["fake", "other"]).summary["optimized"]
+    (why,) = told["left_out"]
+    assert why.startswith("fake in int8")
+    assert {part["backend"] for part in told["parts"] if part["precision"] == "int8"} == {"other"}
+
+
+def test_kinds_that_were_far_behind_a_precision_that_is_left_out_are_tried(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_for_one_row(fake)
+    ms = {("eager", "float32"): 10.0, ("fake", "float32"): 5.0, ("fake", "int8"): 1.0}
+    monkeypatch.setattr(parts, "_timed", lambda built, *_: {other.kind: ms[other.kind] for other in built})
+    told = run(make(), precision="int8").summary["optimized"]
+    (why,) = told["left_out"]
+    assert "too many to certify" in why
+    assert {(part["backend"], part["precision"]) for part in told["parts"]} == {("fake", "float32")}
+
+
 def test_a_full_model_that_cannot_be_certified_runs_in_float32(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the tune rows are not asked about it."""
-    monkeypatch.setattr(optimizing._Job, "_leaves_nothing", lambda *_: False)
+    monkeypatch.setattr(optimizing._Job, "_uncertifiable", lambda *_: {})
     wrong_for_one_row(fake)
     cached = make()
     optimized = run(cached, precision="int8")

@@ -423,7 +423,7 @@ class Candidates:
         return self._judge(ready, log)
 
 
-def _store(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def _store(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """All of it or nothing."""
     temporary = file.with_suffix(".tmp")
     try:

@@ -111,7 +111,7 @@ def race(
         return [_turn_ms(call, synchronize) for call in calls]
 
     with torch.inference_mode():
-        return _alternate(turn, budget_s=budget_s)
+        return _alternate(turn, budget_s=budget_s, warm_up=1)
 
 
 def _turn_ms(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
@@ -322,11 +322,11 @@ def _cache_round(
 
 
 def _alternate(
-    run: Callable[[], Sequence[float]], *, repeats: int = MOST_ROUNDS, budget_s: float
+    run: Callable[[], Sequence[float]], *, repeats: int = MOST_ROUNDS, budget_s: float, warm_up: int = WARM_UP_ROUNDS
 ) -> tuple[Timing, ...]:
     """Median and percentiles per part over up to `repeats` rounds; the warm-up counts against the budget."""
     deadline = time.perf_counter() + budget_s
-    for _ in range(WARM_UP_ROUNDS):
+    for _ in range(warm_up):
         run()
     rounds: list[Sequence[float]] = []
     while len(rounds) < repeats and (len(rounds) < LEAST_ROUNDS or time.perf_counter() < deadline):

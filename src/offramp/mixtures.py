@@ -94,11 +94,16 @@ def _between(side: int, length_B: Tensor, start_B: Tensor) -> Tensor:
     return (position >= start_B[:, None]) & (position < (start_B + length_B)[:, None])
 
 
+def suits_mixing(split: SplitModel, recording: Recording) -> bool:
+    """Whether the inputs are images and nothing else, and were recorded."""
+    return recording.has_inputs and takes_images(split)
+
+
 class Mixer:
     """Asks the backbone about mixtures of these recorded rows.
 
     bfloat16: it may answer in it. keep: the positions of split points, not the input's, at which caches are to learn
-    from them. folder: where what it says is kept until it has said all, for a later run; None: in files without a name.
+    from them. folder: where what it says is kept for a later run, once it has said all; None: in files without a name.
     """
 
     def __init__(
@@ -122,11 +127,6 @@ class Mixer:
         }
 
     @property
-    def suits(self) -> bool:
-        """Whether the inputs are images and nothing else, and were recorded."""
-        return self._recording.has_inputs and takes_images(self._split)
-
-    @property
     def count(self) -> int:
         """How many mixtures these rows are worth."""
         return min(PER_ROW * len(self._rows), MOST)
@@ -141,23 +141,24 @@ class Mixer:
         where the disk is full."""
         if self.known:
             progress.advance(self.count)
-            return self._mixtures(
-                {column: self._mapped(self._file(column), column, self.count) for column in self._columns}
-            )
+            with storing(WHAT, self._folder):
+                return self._mixtures({column: self._file(column) for column in self._columns}, self.count)
         fast, asked = self._faithful, 0
-        with storing(WHAT, self._folder), ExitStack() as opened:
+        with ExitStack() as opened:
             files = {column: opened.enter_context(self._new(column)) for column in self._columns}
             while asked < self.count and not stopped():
                 index_B = np.arange(asked, min(asked + MAX_BATCH, self.count))
                 said = self._said(self._drawn.images(index_B), bfloat16=fast)
-                for column, file in files.items():
-                    write_all(file, said[column].cpu().numpy().tobytes())
+                with storing(WHAT, self._folder):
+                    for column, file in files.items():
+                        write_all(file, said[column].numpy().tobytes())
                 asked += len(index_B)
                 progress.advance(len(index_B))
-            mixtures = self._mixtures({column: self._mapped(file, column, asked) for column, file in files.items()})
-            if self._folder is not None and asked == self.count:
-                for column in files:
-                    os.replace(self._unfinished(column), self._file(column))
+            with storing(WHAT, self._folder):
+                mixtures = self._mixtures(files, asked)
+                if self._folder is not None and asked == self.count:
+                    for column in files:
+                        os.replace(self._unfinished(column), self._file(column))
         return mixtures
 
     def estimated_seconds(self) -> float:
@@ -195,14 +196,16 @@ class Mixer:
 
     @torch.no_grad()
     def _said(self, images_BCHW: Tensor, *, bfloat16: bool) -> dict[Column, Tensor]:
-        """What is kept of these: (B, C) logits, and what caches read at the split points."""
+        """What is kept of these, on the CPU: (B, C) logits, and what caches read at the split points."""
         batch = self._split.example.passing(images_BCHW)
         features, logits_BC = activations(self._split, self._recording.reductions, self._task, batch, bfloat16=bfloat16)
-        return {column: logits_BC if column is None else features[column] for column in self._columns}
+        return {column: (logits_BC if column is None else features[column]).cpu() for column in self._columns}
 
     # -- files -------------------------------------------------------------------------------------
 
-    def _mixtures(self, said: Mapping[Column, NDArray[Any]]) -> Mixtures:
+    def _mixtures(self, files: Mapping[Column, IO[bytes] | Path], rows: int) -> Mixtures:
+        """With what these files say about the first of them."""
+        said = {column: self._mapped(file, column, rows) for column, file in files.items()}
         logits_MC = torch.from_numpy(said[None])
         return replace(self._drawn, logits_MC=logits_MC, features={at: said[at] for at in said if at is not None})
 
@@ -224,10 +227,12 @@ class Mixer:
             with unnamed_file(WHAT, None) as unnamed:
                 yield unnamed
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._unfinished(column)
+        with storing(WHAT, self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("wb+", buffering=0)
         try:
-            with path.open("wb+", buffering=0) as file:
+            with file:
                 yield file
         finally:
             path.unlink(missing_ok=True)
@@ -242,6 +247,7 @@ class Mixer:
     @cached_property
     def _digest(self) -> str:
         """Of all that decides what is said: mixtures are drawn from the rows in their order."""
+        points = [point.name for point in self._split.points]
         digest = hashlib.sha256(self._recording.keys_N[self._rows].tobytes())
-        digest.update(f"{self._split.fingerprint} {self._seed} {self._bfloat16} {version()}".encode())
+        digest.update(f"{self._split.fingerprint} {points} {self._seed} {self._bfloat16} {version()}".encode())
         return digest.hexdigest()[:16]

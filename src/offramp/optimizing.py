@@ -68,8 +68,9 @@ def optimize(
     it was made of.
 
     A back end that is missing, fails, differs from eager in float32, or takes more than twice the fastest for the full
-    model, is left out. `summary["optimized"]` says so, and how the full model did on each. The result runs on this
-    hardware and with as many threads as torch has now. `save` keeps how it was made, and `load` makes it again.
+    model, is left out; so is a lower precision in which the full model would not be certified. `summary["optimized"]`
+    says so, and how the full model did on each. The result runs on this hardware and with as many threads as torch has
+    now. `save` keeps how it was made, and `load` makes it again.
 
     Raises InputError for arguments that do not fit, StreamError when the stream is too short.
     """
@@ -293,13 +294,14 @@ class _Job:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
         names = [planned.name for planned in self.base.plan.caches]
         while True:
-            layout, costs = self._laid_out(names, race)
+            layout = lay_out(self.base, names, race, self.rows.sample, show=self.show)
+            said = self._said("tuning", layout, self.rows.tune, self.tune_answers)
+            if lost := self._uncertifiable(layout, said):
+                race.leave_out(lost)
+                continue
+            costs, records = _costs(self.base, layout), said[0].records
             if not layout.caches:
                 return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
-            one, many = self._said("tuning", layout, self.rows.tune, self.tune_answers)
-            if self._leaves_nothing(max(one.full_errors, many.full_errors), layout, race):
-                continue
-            records = one.records
             path, miss_price = self._path(records, costs)
             kept = worthwhile(records, costs, self.base.certificate.tolerance, miss_price)
             if len(kept) == len(names):
@@ -310,25 +312,20 @@ class _Job:
         tolerance = self.base.certificate.tolerance
         return steady_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance, tolerance)
 
-    def _laid_out(self, names: Sequence[str], race: Race) -> tuple[Layout, CostTable]:
-        layout = lay_out(self.base, names, race, self.rows.sample, show=self.show)
-        return layout, _costs(self.base, layout)
-
-    def _leaves_nothing(self, full_errors: int, layout: Layout, race: Race) -> bool:
-        """Whether the full model in lower precision differs on so many tune rows that it would not be certified. Then
-        that precision is left out there: with it, the model would have no caches either."""
+    def _uncertifiable(self, layout: Layout, said: Sequence[_Said]) -> dict[tuple[str, str], str]:
+        """The back ends and lower precisions in which the full model differs on so many tune rows that it would not be
+        certified, for one row or for many, and why. With these, the model could have no caches either."""
         certificate, n, certifying = self.base.certificate, len(self.rows.tune), len(self.rows.certify)
-        lower = {choice.kind for choice in layout.parts[FULL].choices if choice.precision != FLOAT32}
-        tolerance, rate = certificate.tolerance, full_errors / n
-        passes = rate < tolerance and inputs_needed(tolerance, certificate.confidence_level, rate) <= certifying
-        if passes or not lower:
-            return False
-        race.leave_out(
-            lower,
-            f"the full model answers {full_errors} of {n} tuning inputs differently there, too many to certify "
-            f"{100 * tolerance:g} % on {certifying}",
-        )
-        return True
+        tolerance, lost = certificate.tolerance, {}
+        for choice, side in zip(layout.parts[FULL].choices, said, strict=True):
+            rate = side.full_errors / n
+            passes = rate < tolerance and inputs_needed(tolerance, certificate.confidence_level, rate) <= certifying
+            if choice.precision != FLOAT32 and not passes:
+                lost[choice.kind] = (
+                    f"the full model answers {side.full_errors} of {n} tuning inputs differently there, too many to "
+                    f"certify {100 * tolerance:g} % on {certifying}"
+                )
+        return lost
 
     def certified(self, tuned: _Tuned) -> tuple[_Setting, Certificate]:
         """The cheapest plan that passes, or the full model in float32 where nothing does; and the full model's own

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -35,7 +35,7 @@ ONE, MANY = 1, 32  # rows that a part is timed with
 FULL = "full model"
 EAGER, FLOAT32 = "eager", "float32"
 SAMPLE_SLACK = 3.0  # inputs of the sample that may differ by chance
-RACE_S = 0.5  # for one part and number of rows
+RACE_S = 0.5  # for one part and number of rows, or three turns of each where these take longer
 COMPARED_ROWS = 4  # that are compared one by one
 # Times the fastest: where the full model takes longer, for one row and for many, its parts are not built. Building
 # takes most of the time of an optimization, and a runtime that is far behind on the whole has not won a stage of it.
@@ -241,7 +241,7 @@ class _Built:
 
 class Race:
     """Builds every part on every back end, and keeps the fastest, woken threads included. A part that was built is not
-    built again.
+    built again, unless `leave_out` was called since.
 
     `left_out` says what was not taken, and why; `full_model`, how the full model did on each back end. A precision in
     which it differs from the backbone on more of the sample than `tolerance` is left out of all parts, and so is a back
@@ -259,6 +259,7 @@ class Race:
             for backend, precision in itertools.product(filter(self._is_here, backends), precisions)
             if precision in backend.precisions and (backend.name, precision) != (EAGER, FLOAT32)
         ]
+        self._slow: dict[tuple[Backend, str], str] = {}  # kinds that were left out for it, and what was said
         self._parts: dict[str, PlacedPart] = {}
 
     def _is_here(self, backend: Backend) -> bool:
@@ -279,13 +280,16 @@ class Race:
                 self._leave_out_slow(times)
         return self._parts[name]
 
-    def leave_out(self, kinds: Collection[tuple[str, str]], why: str) -> None:
-        """From now on without these back ends in these precisions; all parts are raced anew."""
-        self.kinds = [
-            (backend, precision) for backend, precision in self.kinds if (backend.name, precision) not in kinds
-        ]
+    def leave_out(self, reasons: Mapping[tuple[str, str], str]) -> None:
+        """From now on without these back ends in these precisions; all parts are raced anew, and no other kind is far
+        behind until then: it may have been behind these."""
+        for why in self._slow.values():
+            self.left_out.remove(why)
+        kinds = [*self.kinds, *self._slow]
+        self.kinds = [(backend, precision) for backend, precision in kinds if (backend.name, precision) not in reasons]
+        self._slow.clear()
         self._parts.clear()
-        for backend, precision in kinds:
+        for (backend, precision), why in reasons.items():
             self._leave_out(f"{backend} in {precision}: {why}")
 
     def _homes(self, inputs: Sequence[Tensor]) -> Mapping[int, str]:
@@ -302,10 +306,11 @@ class Race:
             behind = min(ms.get(kind, 0.0) / min(ms.values()) for ms in times.values())
             if behind > FAR_BEHIND:
                 self.kinds.remove((backend, precision))
-                self._leave_out(
+                self._slow[backend, precision] = (
                     f"{backend.name} in {precision}: the full model takes at least {behind:.1f} times as long there as "
                     "on the fastest; not tried on its parts"
                 )
+                self._leave_out(self._slow[backend, precision])
 
     def _built(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[_Built]:
         """The module itself, and all that can be built of it and is close enough to it."""
@@ -342,8 +347,9 @@ class Race:
         return 1 - float(self.task.agree(*answers).double().mean())
 
     def _leave_out(self, why: str) -> None:
-        self.left_out.append(why)
-        log.info("left out: %s", why)
+        if why not in self.left_out:  # parts can be built again
+            self.left_out.append(why)
+            log.info("left out: %s", why)
 
 
 class _Expected:
@@ -395,8 +401,8 @@ def _won(
 
 
 def _woken_ms(backend: str, home: str) -> float:
-    """What the threads of this back end cost those of the other, on which the full model runs."""
-    if backend == home or home in SPINNING:  # these are awake anyway
+    """What it costs to run a part here, where the full model is at home on the other."""
+    if backend == home or {backend, home} <= SPINNING:  # these share torch's threads
         return 0.0
     return SPIN_MS if backend in SPINNING else SWITCH_MS
 
@@ -412,11 +418,8 @@ class Recipe:
 
     def part(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> PlacedPart:
         choices = tuple(self._choices[name, rows] for rows in (ONE, MANY))
-        built = {
-            kind: self._build(*kind, module, inputs)
-            for kind in dict.fromkeys((choice.backend, choice.precision) for choice in choices)
-        }
-        one, many = (built[choice.backend, choice.precision] for choice in choices)
+        built = {kind: self._build(*kind, module, inputs) for kind in dict.fromkeys(choice.kind for choice in choices)}
+        one, many = (built[choice.kind] for choice in choices)
         return PlacedPart(Fastest(one.one, many.many), choices)
 
     @staticmethod

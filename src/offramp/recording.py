@@ -693,6 +693,8 @@ def storing(what: str, folder: Path | None) -> Iterator[None]:
     """Within: an OSError is a StorageError. folder: where it is written; None is the system's place for such files."""
     try:
         yield
+    except StorageError:  # is an OSError, and has said so already
+        raise
     except OSError as error:
         raise StorageError(
             f"could not write {what} to {folder or tempfile.gettempdir()}: {error.strerror or error}. Free some space, "

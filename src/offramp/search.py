@@ -28,7 +28,7 @@ from offramp.augment import is_image
 from offramp.caches import CacheShape, LearnedCache
 from offramp.candidates import Candidates, Trained
 from offramp.distillation import Recipe
-from offramp.mixtures import Mixer
+from offramp.mixtures import Mixer, suits_mixing
 from offramp.placement import plan_path
 from offramp.recording import TUNE
 from offramp.splitting import SplitPoint
@@ -122,9 +122,10 @@ class Search:
         """What makes mixtures for these students, where they can have any."""
         if not students or not self.mixtures:
             return None
+        if not suits_mixing(self.split, self.candidates.recording):
+            return None
         trunks = {self.candidates.position(trunk) for trunk in self._trunks(None)}
-        mixer = self.candidates.mixer(bfloat16=self.bfloat16, keep=sorted(trunks))
-        return mixer if mixer.suits else None
+        return self.candidates.mixer(bfloat16=self.bfloat16, keep=sorted(trunks))
 
     def _after_mixing(self, mixer: Mixer | None, students: list[LearnedCache], limit_s: float | None) -> float | None:
         """What is left of the time for students once there are mixtures: none are asked for where the smallest student

@@ -1,4 +1,4 @@
-"""Plans under which fewer than one request in twenty are slower than without caches, where such plans cost little.
+"""Plans under which few requests are slower than without caches, where that costs little.
 
 A request that no cache answers pays for all look-ups. Where these are one in twenty or more, the 95th percentile of the
 time is above the full model's, however low the mean. A search that charges for them finds plans with half as many and
@@ -31,17 +31,19 @@ def steady_path(records: Records, costs: CacheCosts, max_disagreement: float, to
     that about within what may be given up, at the one that leaves the fewest. A path is judged by its cheapest plan
     within the tolerance.
     """
-    rising = (Priced(plan_path(records, costs, max_disagreement, miss_price=p), p) for p in (0.0, *PRICES))
-    best = next(rising)
-    plain = cheapest_within(best.path, tolerance)
-    most, fewest = 1 - (1 - GIVEN_UP) * (1 - plain.cost), _slow_share(records, plain, costs)
-    for priced in rising:
-        plan = cheapest_within(priced.path, tolerance)
-        if fewest <= FEW or plan.cost > most:
+    best = Priced(plan_path(records, costs, max_disagreement), 0.0)
+    plan = cheapest_within(best.path, tolerance)
+    most, fewest = 1 - (1 - GIVEN_UP) * (1 - plan.cost), _slow_share(records, plan, costs)
+    for price in PRICES:
+        if fewest <= FEW:
+            break
+        path = plan_path(records, costs, max_disagreement, miss_price=price)
+        plan = cheapest_within(path, tolerance)
+        if plan.cost > most:
             break
         share = _slow_share(records, plan, costs)
         if share < fewest:
-            best, fewest = priced, share
+            best, fewest = Priced(path, price), share
     return best
 
 

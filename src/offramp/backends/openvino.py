@@ -89,8 +89,7 @@ class _Request:
             # request's, and the next call writes into it.
             for number, tensor in enumerate(given):
                 self._request.set_input_tensor(number, self._wrap(tensor.numpy(), shared_memory=True))
-            self._request.start_async()  # `infer` makes a dictionary of the outputs, whose look-ups take 0.02 ms
-            self._request.wait()
+            self._request.infer(share_outputs=True)  # what it returns is a dictionary whose look-ups take 0.02 ms
             outputs = [self._request.get_output_tensor(number).data.copy() for number in self._outputs]
         return [torch.from_numpy(output) for output in outputs]
 
