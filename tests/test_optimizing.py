@@ -123,7 +123,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
     monkeypatch.setitem(BACKENDS, "fake", backend)
     monkeypatch.setattr(parts, "race", race)
-    monkeypatch.setattr(optimizing, "shares", flop_shares)
+    monkeypatch.setattr(optimizing, "shares", lambda costs, *_: flop_shares(costs))
+    monkeypatch.setattr(optimizing, "_full_share", lambda costs: 1.0)
     monkeypatch.setattr(cuts, "shares", flop_shares)
     monkeypatch.setattr(cuts, "_stages_share", lambda costs: 1.0)
     monkeypatch.setattr(optimizing, "never_slower", lambda plan, latency: plan)

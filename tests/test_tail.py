@@ -67,6 +67,20 @@ def test_where_no_price_leaves_fewer_misses_have_none() -> None:
     assert steady_path(records(0.5, 0.6), LATE, 3 * TOLERANCE, TOLERANCE).miss_price == 0
 
 
+def test_late_hits_are_slow_too_where_cuts_make_them_so() -> None:
+    """A late hit costs 1.04 of all stages in a row; uncut, the full model takes 0.95 of these."""
+    of = records(0.8, 0.98)
+    path, miss_price = steady_path(of, LATE, 3 * TOLERANCE, TOLERANCE, full=0.95)
+    assert miss_price == 0, "they would only take the place of misses"
+    assert path == plan_path(of, LATE, 3 * TOLERANCE)
+
+
+def test_slow_is_what_a_request_by_itself_is_where_that_is_known() -> None:
+    of, quick = records(0.8, 0.98), CacheCosts(LATE.before_K, np.array([0.01, 0.01]))
+    assert steady_path(of, LATE, 3 * TOLERANCE, TOLERANCE).miss_price > 0
+    assert steady_path(of, LATE, 3 * TOLERANCE, TOLERANCE, alone=quick).miss_price == 0
+
+
 def test_where_it_would_cost_too_much_misses_have_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tail, "GIVEN_UP", 0.0)
     assert steady_path(records(0.8, 0.98), LATE, 3 * TOLERANCE, TOLERANCE).miss_price == 0

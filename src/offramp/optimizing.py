@@ -310,7 +310,14 @@ class _Job:
 
     def _path(self, records: Records, costs: CostTable) -> Priced:
         tolerance = self.base.certificate.tolerance
-        return steady_path(records, CacheCosts(*shares(costs)), PATH_REACH * tolerance, tolerance)
+        return steady_path(
+            records,
+            CacheCosts(*shares(costs)),
+            PATH_REACH * tolerance,
+            tolerance,
+            alone=CacheCosts(*shares(costs, [ONE])),
+            full=_full_share(costs),
+        )
 
     def _uncertifiable(self, layout: Layout, said: Sequence[_Said]) -> dict[tuple[str, str], str]:
         """The back ends and lower precisions in which the full model differs on so many tune rows that it would not be
@@ -410,6 +417,11 @@ def _costs(cached: CachedModel, layout: Layout) -> CostTable:
     looked_up = [_with_sizes(now, [named[now.name]]) for now in timed.caches]
     full = _with_sizes(timed.backbone, [before.backbone])
     return dataclasses.replace(timed, backbone=full, stages=tuple(stages), caches=tuple(looked_up))
+
+
+def _full_share(costs: CostTable) -> float:
+    """The time of the full model as one part, for one row, over that of all stages in a row: these were cut."""
+    return costs.backbone.time_ms[ONE].median_ms / costs.stages_ms(ONE)
 
 
 def _with_sizes(now: PartCost, then: Sequence[PartCost]) -> PartCost:

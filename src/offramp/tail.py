@@ -26,14 +26,26 @@ class Priced(NamedTuple):
     miss_price: float
 
 
-def steady_path(records: Records, costs: CacheCosts, max_disagreement: float, tolerance: float) -> Priced:
+def steady_path(
+    records: Records,
+    costs: CacheCosts,
+    max_disagreement: float,
+    tolerance: float,
+    *,
+    alone: CacheCosts | None = None,
+    full: float = 1.0,
+) -> Priced:
     """The path of `placement.plan_path` at the lowest price of a miss at which few requests are slow; where none brings
     that about within what may be given up, at the one that leaves the fewest. A path is judged by its cheapest plan
     within the tolerance.
+
+    alone: what requests cost that come one at a time, where that is known apart. full: what the model without caches
+    costs then, in units of all stages in a row.
     """
+    alone, slow = alone or costs, SLOW * full
     best = Priced(plan_path(records, costs, max_disagreement), 0.0)
     plan = cheapest_within(best.path, tolerance)
-    most, fewest = 1 - (1 - GIVEN_UP) * (1 - plan.cost), _slow_share(records, plan, costs)
+    most, fewest = 1 - (1 - GIVEN_UP) * (1 - plan.cost), _share_above(slow, records, plan, alone)
     for price in PRICES:
         if fewest <= FEW:
             break
@@ -41,12 +53,11 @@ def steady_path(records: Records, costs: CacheCosts, max_disagreement: float, to
         plan = cheapest_within(path, tolerance)
         if plan.cost > most:
             break
-        share = _slow_share(records, plan, costs)
+        share = _share_above(slow, records, plan, alone)
         if share < fewest:
             best, fewest = Priced(path, price), share
     return best
 
 
-def _slow_share(records: Records, plan: Candidate, costs: CacheCosts) -> float:
-    slow = int((request_costs(records, plan.thresholds_K, costs) > SLOW).sum())
-    return slow / max(len(records), 1)
+def _share_above(cost: float, records: Records, plan: Candidate, costs: CacheCosts) -> float:
+    return int((request_costs(records, plan.thresholds_K, costs) > cost).sum()) / max(len(records), 1)
