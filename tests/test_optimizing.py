@@ -23,7 +23,8 @@ from offramp.cost import flop_shares
 from offramp.errors import ArtifactError, InputError, StreamError
 from offramp.model import CachedModel
 from offramp.optimizing import optimize, uncertified
-from offramp.parts import Fastest
+from offramp.parts import Fastest, Layout
+from offramp.placement import Candidate
 from offramp.rebuilding import OptimizedModel
 from offramp.splitting import split
 from offramp.streams import Batch
@@ -198,6 +199,24 @@ def _where(
     assert {one["rows"] for one in told} == {1, 32}
     assert len(where) == 2, "for one row as for many"
     return dict(where)
+
+
+def test_a_cut_that_the_likely_plans_do_not_use_is_not_made(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here both caches are said to be worth their cuts, and the later one knows nothing that the earlier does not."""
+    monkeypatch.setattr(optimizing, "worthwhile", lambda _, costs, *__: [one.name for one in costs.caches])
+    told = {one["part"] for one in run(make()).summary["optimized"]["parts"]}
+    assert told == {"full model", "input to 1", "cache early", "1 to the end"}
+
+
+@pytest.mark.parametrize(
+    ("beyond", "used"),
+    [((0.9, 0.8), ["early", "late"]), ((0.9, float("inf")), ["early"]), ((float("inf"), float("inf")), [])],
+)
+def test_a_cache_is_used_where_plans_around_the_tolerance_agree(beyond: tuple[float, float], used: list[str]) -> None:
+    off, on = Candidate((float("inf"),) * 2, 0.0, 1.0, (0.0, 0.0)), Candidate((0.9, 0.9), 0.04, 0.5, (0.5, 0.2))
+    path = off, on, Candidate(beyond, 0.07, 0.4, (0.6, 0.2)), Candidate((0.1, 0.1), 0.09, 0.3, (0.7, 0.2))
+    layout = Layout(make().split_model, tuple(make().caches), {})  # type: ignore[arg-type]
+    assert optimizing._used(layout, path, TOLERANCE) == used
 
 
 def test_caches_are_dropped_until_all_that_are_left_are_worth_their_cuts(

@@ -33,7 +33,7 @@ from offramp.errors import InputError, StreamError
 from offramp.evaluation import compare_latency, say_all
 from offramp.model import CachedModel
 from offramp.parts import FLOAT32, FULL, MANY, ONE, Layout, Race, lay_out
-from offramp.placement import CacheCosts, Candidate, outcomes
+from offramp.placement import CacheCosts, Candidate, cheapest_within, outcomes
 from offramp.progress import Bar, bar
 from offramp.rebuilding import OptimizedModel, Origin, hardware, model_of
 from offramp.splitting import SplitModel
@@ -48,6 +48,7 @@ CALIBRATION_ROWS = 256  # for "int8" and for timing; used for nothing else
 TUNE_SHARE = 1 / 3  # of the other rows; the rest certifies
 MOST_ROWS, MOST_BYTES = 10_000, 2 << 30  # of the stream that are kept, whichever is less
 LATENCY_S, COSTS_S = 2.0, 5.0
+CERTIFIED_REACH = 1.5  # times the tolerance: estimated disagreements up to which plans are often certified
 
 
 def optimize(
@@ -303,7 +304,9 @@ class _Job:
             if not layout.caches:
                 return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
             path, miss_price = self._path(records, costs)
-            kept = worthwhile(records, costs, self.base.certificate.tolerance, miss_price)
+            worth = worthwhile(records, costs, self.base.certificate.tolerance, miss_price)
+            used = _used(layout, path, self.base.certificate.tolerance)
+            kept = [name for name in worth if name in used or not used]  # none: where no estimate is within reach
             if len(kept) == len(names):
                 return _Tuned(layout, costs, path)
             names = kept  # with fewer cuts, others may no longer pay
@@ -386,6 +389,14 @@ class _Job:
         """The full model alone, where the plan has turned out to be empty."""
         layout = layout.without_caches(in_float32=in_float32)
         return _Setting(layout, _costs(self.base, layout), plan, certificate)
+
+
+def _used(layout: Layout, path: Sequence[Candidate], tolerance: float) -> list[str]:
+    """The caches that answer in the cheapest plan within the tolerance and in that beyond it which may be certified as
+    well: estimates on tune run high. In the final plan, a cache that is not used would still cost its cut."""
+    plans = [cheapest_within(path, reach * tolerance).thresholds_K for reach in (1.0, CERTIFIED_REACH)]
+    on_K = np.isfinite(np.array(plans)).all(axis=0).tolist()
+    return [cache.name for cache, on in zip(layout.caches, on_K, strict=True) if on]
 
 
 def _plan(cached: CachedModel, layout: Layout, candidate: Candidate, advice: str) -> Plan:
