@@ -45,6 +45,7 @@ SECTIONS = (
         "optimized_cifar10",
         "optimized_cifar10_int8",
         "optimized_cifar10_epyc",
+        "optimized_cifar10_epyc_before",
         "optimized_cifar10_no_compiler",
         "optimized_resnet56_cifar10",
         "optimized_mobilenet_v2",
