@@ -48,6 +48,7 @@ SECTIONS = (
         "optimized_cifar10_epyc_before",
         "optimized_cifar10_no_compiler",
         "optimized_resnet56_cifar10",
+        "optimized_resnet56_cifar10_before",
         "optimized_mobilenet_v2",
         "optimized_sst2",
         "methods_cifar10",
