@@ -125,9 +125,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setitem(BACKENDS, "fake", backend)
     monkeypatch.setattr(parts, "race", race)
     monkeypatch.setattr(optimizing, "shares", lambda costs, *_: flop_shares(costs))
-    monkeypatch.setattr(optimizing, "_full_share", lambda costs: 1.0)
+    monkeypatch.setattr(optimizing, "stages_share", lambda costs, _: 1.0)
     monkeypatch.setattr(cuts, "shares", flop_shares)
-    monkeypatch.setattr(cuts, "_stages_share", lambda costs: 1.0)
+    monkeypatch.setattr(cuts, "stages_share", lambda costs: 1.0)
     monkeypatch.setattr(optimizing, "never_slower", lambda plan, latency: plan)
     monkeypatch.setattr(optimizing, "COSTS_S", 0.05)
     monkeypatch.setattr(optimizing, "LATENCY_S", 0.01)
@@ -204,7 +204,9 @@ def _where(
 def test_a_cut_that_the_likely_plans_do_not_use_is_not_made(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here both caches are said to be worth their cuts, and the later one knows nothing that the earlier does not."""
     monkeypatch.setattr(optimizing, "worthwhile", lambda _, costs, *__: [one.name for one in costs.caches])
-    told = {one["part"] for one in run(make()).summary["optimized"]["parts"]}
+    optimized = run(make())
+    assert [cache.name for cache in optimized.plan.caches] == ["early"]
+    told = {one["part"] for one in optimized.summary["optimized"]["parts"]}
     assert told == {"full model", "input to 1", "cache early", "1 to the end"}
 
 

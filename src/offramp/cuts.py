@@ -52,7 +52,7 @@ def _expected_cost(
     if not kept:
         return 1.0 + miss_price
     cut = _cut_share(costs)
-    before_K, cache_K = (share[kept] * _stages_share(costs) for share in shares(costs))
+    before_K, cache_K = (share[kept] * stages_share(costs) for share in shares(costs))
     points = [costs.cache_points[k] for k in kept]
     # Cuts that the caches left out would have needed are saved before each cache, and on the way to the end.
     saved_K = np.array([cut * len(_cuts(costs.cache_points, upto) - _cuts(points, upto)) for upto in points])
@@ -68,15 +68,17 @@ def _cuts(points: Iterable[int], upto: int) -> set[int]:
     return {point for point in points if 0 < point <= upto}
 
 
-def _stages_share(costs: CostTable) -> float:
-    """Time of all stages in a row over that of the full model as one part, the mean over batch sizes."""
-    return float(np.mean([costs.stages_ms(size) / full.median_ms for size, full in costs.backbone.time_ms.items()]))
+def stages_share(costs: CostTable, batch_sizes: Iterable[int] | None = None) -> float:
+    """Time of all stages in a row over that of the full model as one part, the mean over these batch sizes; None: over
+    all that were measured."""
+    sizes = costs.backbone.time_ms if batch_sizes is None else batch_sizes
+    return float(np.mean([costs.stages_ms(size) / costs.backbone.time_ms[size].median_ms for size in sizes]))
 
 
 def _cut_share(costs: CostTable) -> float:
     """What one cut costs, in units of the full model's time."""
     cuts = len(costs.stages) - 1
-    return max(_stages_share(costs) - 1, 0.0) / cuts if cuts else 0.0
+    return max(stages_share(costs) - 1, 0.0) / cuts if cuts else 0.0
 
 
 def _only(records: Records, kept: Sequence[int]) -> Records:

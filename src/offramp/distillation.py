@@ -276,7 +276,7 @@ class _Examples:
         if self._mixtures is None:
             return feature
         joined = torch.cat([feature, self._mixtures.at(self._position, mixed)])
-        return joined.contiguous(memory_format=torch.channels_last) if joined.ndim == 4 else joined
+        return joined.contiguous(memory_format=torch.channels_last)  # of images and maps alone there are mixtures
 
     def target(self, index: NDArray[np.intp]) -> Tensor:
         """(B, C) what the backbone says."""

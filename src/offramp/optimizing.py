@@ -28,7 +28,7 @@ from offramp.caches import Cache
 from offramp.calibration import certify, inputs_needed, upper_bound
 from offramp.choosing import BATCH_SIZES, PATH_REACH, never_slower
 from offramp.cost import measure, measure_caches, shares
-from offramp.cuts import worthwhile
+from offramp.cuts import stages_share, worthwhile
 from offramp.errors import InputError, StreamError
 from offramp.evaluation import compare_latency, say_all
 from offramp.model import CachedModel
@@ -293,15 +293,12 @@ class _Job:
 
     def tuned(self, race: Race) -> _Tuned:
         """The caches that are worth their cuts, on their fastest back ends, and the path of plans."""
+        while lost := self._uncertifiable(race):
+            race.leave_out(lost)
         names = [planned.name for planned in self.base.plan.caches]
         while True:
-            layout = lay_out(self.base, names, race, self.rows.sample, show=self.show)
-            said = self._said("tuning", layout, self.rows.tune, self.tune_answers)
-            if lost := self._uncertifiable(layout, said):
-                race.leave_out(lost)
-                continue
-            costs, records = _costs(self.base, layout), said[0].records
-            if not layout.caches:
+            layout, costs, records = self._observed(names, race)
+            if records is None:
                 return _Tuned(layout, costs, (Candidate((), 0.0, 1.0, ()),))
             path, miss_price = self._path(records, costs)
             worth = worthwhile(records, costs, self.base.certificate.tolerance, miss_price)
@@ -319,15 +316,30 @@ class _Job:
             PATH_REACH * tolerance,
             tolerance,
             alone=CacheCosts(*shares(costs, [ONE])),
-            full=_full_share(costs),
+            full=1 / stages_share(costs, [ONE]),
         )
 
-    def _uncertifiable(self, layout: Layout, said: Sequence[_Said]) -> dict[tuple[str, str], str]:
+    def _observed(self, names: Sequence[str], race: Race) -> tuple[Layout, CostTable, Records | None]:
+        """What these caches say of the tune rows, one at a time; None where there are no caches."""
+        layout = lay_out(self.base, names, race, self.rows.sample, show=self.show)
+        costs = _costs(self.base, layout)
+        if not layout.caches:
+            return layout, costs, None
+        with bar("tuning", len(self.rows.tune), show=self.show) as running:
+            said = _observe(self.base.task, layout, self.rows.tune, self.tune_answers, ONE, running)
+            return layout, costs, said.records
+
+    def _uncertifiable(self, race: Race) -> dict[tuple[str, str], str]:
         """The back ends and lower precisions in which the full model differs on so many tune rows that it would not be
         certified, for one row or for many, and why. With these, the model could have no caches either."""
+        layout = lay_out(self.base, (), race, self.rows.sample, show=self.show)
+        choices, lost = layout.parts[FULL].choices, dict[tuple[str, str], str]()
+        if all(choice.precision == FLOAT32 for choice in choices):
+            return lost
         certificate, n, certifying = self.base.certificate, len(self.rows.tune), len(self.rows.certify)
-        tolerance, lost = certificate.tolerance, {}
-        for choice, side in zip(layout.parts[FULL].choices, said, strict=True):
+        tolerance = certificate.tolerance
+        said = self._said("tuning", layout, self.rows.tune, self.tune_answers)
+        for choice, side in zip(choices, said, strict=True):
             rate = side.full_errors / n
             passes = rate < tolerance and inputs_needed(tolerance, certificate.confidence_level, rate) <= certifying
             if choice.precision != FLOAT32 and not passes:
@@ -428,11 +440,6 @@ def _costs(cached: CachedModel, layout: Layout) -> CostTable:
     looked_up = [_with_sizes(now, [named[now.name]]) for now in timed.caches]
     full = _with_sizes(timed.backbone, [before.backbone])
     return dataclasses.replace(timed, backbone=full, stages=tuple(stages), caches=tuple(looked_up))
-
-
-def _full_share(costs: CostTable) -> float:
-    """The time of the full model as one part, for one row, over that of all stages in a row: these were cut."""
-    return costs.backbone.time_ms[ONE].median_ms / costs.stages_ms(ONE)
 
 
 def _with_sizes(now: PartCost, then: Sequence[PartCost]) -> PartCost:

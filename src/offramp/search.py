@@ -120,9 +120,7 @@ class Search:
 
     def _mixer(self, students: list[LearnedCache]) -> Mixer | None:
         """What makes mixtures for these students, where they can have any."""
-        if not students or not self.mixtures:
-            return None
-        if not suits_mixing(self.split, self.candidates.recording):
+        if not (students and self.mixtures and suits_mixing(self.split, self.candidates.recording)):
             return None
         trunks = {self.candidates.position(trunk) for trunk in self._trunks(None)}
         return self.candidates.mixer(bfloat16=self.bfloat16, keep=sorted(trunks))
